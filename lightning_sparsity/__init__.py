@@ -1,0 +1,81 @@
+"""Sparse training for PyTorch Lightning: one callback per method.
+
+Example::
+
+    from lightning.pytorch import Trainer
+    from lightning_sparsity import DensityMonitor, RigL
+
+    Trainer(callbacks=[RigL(density=0.1), DensityMonitor()])
+"""
+
+from lightning_sparsity.callbacks.base import MaskCallback
+from lightning_sparsity.callbacks.dynamic.rigl import RigL
+from lightning_sparsity.callbacks.dynamic.set import SET
+from lightning_sparsity.callbacks.gradual.gmp import GMP
+from lightning_sparsity.callbacks.gradual.magnitude import Magnitude
+from lightning_sparsity.callbacks.initial.static import StaticSparse
+from lightning_sparsity.core.filters import first_layer, last_layer, linear_and_conv
+from lightning_sparsity.distributions import (
+    epsilon,
+    er,
+    erk,
+    erk_power,
+    fan_in,
+    global_by,
+    keep_dense,
+    lamp,
+    per_layer,
+    uniform,
+    uniform_plus,
+)
+from lightning_sparsity.schedules import (
+    constant,
+    cosine,
+    cubic,
+    cyclic,
+    exponential,
+    inverse_power,
+    linear,
+    sigmoid,
+    step,
+)
+from lightning_sparsity.structures import NM, Block, Columns, Rows, Unstructured
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GMP",
+    "NM",
+    "SET",
+    "Block",
+    "Columns",
+    "Magnitude",
+    "MaskCallback",
+    "RigL",
+    "Rows",
+    "StaticSparse",
+    "Unstructured",
+    "constant",
+    "cosine",
+    "cubic",
+    "cyclic",
+    "epsilon",
+    "er",
+    "erk",
+    "erk_power",
+    "exponential",
+    "fan_in",
+    "first_layer",
+    "global_by",
+    "inverse_power",
+    "keep_dense",
+    "lamp",
+    "last_layer",
+    "linear",
+    "linear_and_conv",
+    "per_layer",
+    "sigmoid",
+    "step",
+    "uniform",
+    "uniform_plus",
+]

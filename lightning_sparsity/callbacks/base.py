@@ -1,0 +1,261 @@
+"""MaskCallback: what every mask method shares. A method file states the paper's choices."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from lightning_sparsity.core.filters import Selection, linear_and_conv
+from lightning_sparsity.core.keeper import MaskKeeper
+from lightning_sparsity.core.layer import Distribution, Layer, Layers, Rule, Schedule
+from lightning_sparsity.core.method import Observe, Role, Share
+from lightning_sparsity.core.window import Window
+from lightning_sparsity.distributions import apportion, fixes_total, per_layer
+from lightning_sparsity.rules import chain, drop, find, grow
+from lightning_sparsity.scores import magnitude, random
+from lightning_sparsity.structures import NM, Structure
+
+_adapt = chain(drop(magnitude), grow(random))
+
+
+class SparsityCallback(Callback):
+    """Base of all our callbacks: brings the keeper, and pickles without Trainer or model."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Make sure that the Trainer has a keeper."""
+        if stage == "fit":
+            MaskKeeper.ensure(trainer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the logging functions that Lightning hangs on callbacks."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("log", "log_dict")}
+
+
+class MaskCallback(SparsityCallback):
+    """A method that makes or changes masks, stated by its parts.
+
+    Args:
+        density: Live share of all sparse weights, in (0, 1]. May be left out when an
+            earlier callback made the masks, or the distribution or structure fixes it.
+        distribution: How ``density`` is split over layers, or densities by name pattern.
+        default_distribution: The method's own, if no distribution is given.
+        update_interval: Optimizer steps between updates, or "epoch".
+        update_start: First step (int) or fraction of training (float).
+        update_end: Last step (int) or fraction of training (float).
+        include: Which parameters are sparse.
+        exclude: Which of those are left dense.
+        structure: What one unit is; None: single weights, or as an earlier callback has it.
+        seed: Of random choices; None: that of ``seed_everything``, or torch's.
+        role: "initial" acts once before the first step, "updater" in its window.
+        initial: Makes the masks, if no earlier callback did.
+        update: What one update does.
+        ramp: ``ramp(initial density, density)`` is the schedule of the density over the
+            window; None: the density stays.
+        initial_density: Where the ramp starts when no earlier callback made masks.
+        observe: Fills slots from the dense gradients before every step.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        density: float | None,
+        initial: Rule,
+        default_distribution: Distribution,
+        distribution: Distribution | Mapping[str, float] | None = None,
+        update: Rule | None = None,
+        update_interval: int | Literal["epoch"] = 100,
+        update_start: int | float = 0,
+        update_end: int | float = 1.0,
+        include: Selection = linear_and_conv,
+        exclude: Selection = (),
+        structure: Structure | None = None,
+        seed: int | None = None,
+        role: Role = "updater",
+        ramp: Callable[[float, float], Schedule] | None = None,
+        initial_density: float = 1.0,
+        observe: Observe | None = None,
+    ) -> None:
+        self._check_types(structure, seed)
+        if isinstance(structure, NM):
+            density = self._check_pattern(density, structure)
+        if density is not None:
+            self._check("density", density, low_open=True)
+        self._check("initial_density", initial_density, low_open=True)
+        if isinstance(distribution, Mapping):
+            distribution = self._named(per_layer, distribution)
+        if distribution is not None and not callable(distribution):
+            raise TypeError(
+                f"{self._name}(distribution={distribution!r}): must be a distribution such as "
+                "lightning_sparsity.erk, or densities by name pattern, {'net.*': 0.1}."
+            )
+        self.density = density
+        self.distribution = distribution
+        self.default_distribution = default_distribution
+        self.window: Window = self._named(Window, update_interval, update_start, update_end)
+        self.include = include
+        self.exclude = exclude
+        self.structure = structure
+        self.seed = seed
+        self.role: Role = role
+        self.initial = initial
+        self.rule = update
+        self.ramp = ramp
+        self.initial_density = initial_density
+        self.observe = observe
+
+    # ----------------------------------------------------------- what the engine asks
+
+    @property
+    def ramps(self) -> bool:
+        """Whether the density changes in the window."""
+        return self.ramp is not None
+
+    def drop_fraction_at(self, progress: float) -> float | None:
+        """Share of the live units that an update at ``progress`` drops, if the rule says."""
+        fractions = [part.fraction_at(progress) for part in find(self.rule, drop)]
+        return next((fraction for fraction in fractions if fraction is not None), None)
+
+    def begin(self, groups: Sequence[Layers], found: bool) -> list[Layers]:
+        """Make masks, or fit those that were found to what was asked.
+
+        Found masks are kept; a density scales their layer budgets, a distribution
+        replaces them. A method that ramps starts from what it finds.
+
+        Args:
+            groups: The layers, those of one optimizer together.
+            found: Whether an earlier method made the masks.
+
+        Returns:
+            The layers of each group.
+
+        Raises:
+            ValueError: If nothing says what the density should be.
+        """
+        if found and (self.ramps or (self.density is None and self.distribution is None)):
+            return list(groups)
+        if self.density is None and not found and not fixes_total(self._distribution):
+            raise ValueError(
+                f"{self._name}(density=None): no earlier callback made masks, so a density is "
+                f"needed; for 90% sparsity pass {self._name}(density=0.1)."
+            )
+        rule = _adapt if found else self.initial
+        budgets = [self._first_budget(groups, index, found) for index in range(len(groups))]
+        return [rule(layers, n, 0.0) for layers, n in zip(groups, budgets, strict=True)]
+
+    def update(self, layers: Layers, share: Share, progress: float) -> Layers:
+        """Apply the method's rule, towards the density of the moment if it ramps.
+
+        Args:
+            layers: The layers of one optimizer, after its step.
+            share: What part of the whole they are.
+            progress: How much of the window has passed, in [0, 1].
+
+        Returns:
+            The layers as they should be.
+        """
+        assert self.rule is not None
+        if self.ramp is None:
+            return self.rule(layers, [layer.live for layer in layers], progress)
+        assert self.density is not None
+        began = sum(share.start.values()) / share.sizes[share.index]
+        start = began if share.found else self.initial_density
+        now = self.ramp(start, self.density)(progress)
+        whole = len(layers) == len(share.start)
+        total = _part(now, share.sizes if whole else [_size(layers)], share.index if whole else 0)
+        inherits = share.found and self.distribution is None
+        return self.rule(
+            layers, self._budget(layers, now, total, share.start if inherits else None), progress
+        )
+
+    # ---------------------------------------------------------------------- budgets
+
+    @property
+    def _distribution(self) -> Distribution:
+        return self.distribution or self.default_distribution
+
+    def _first_budget(self, groups: Sequence[Layers], index: int, found: bool) -> list[int]:
+        layers = groups[index]
+        live = sum(layer.live for layer in layers)
+        density = self.initial_density if self.ramps else self.density
+        if density is None:
+            density = live / _size(layers) if found else 1.0
+        total = _part(density, [_size(group) for group in groups], index)
+        start = {layer.name: layer.live for layer in layers}
+        inherits = found and self.distribution is None
+        return self._budget(layers, density, total, start if inherits else None)
+
+    def _budget(
+        self, layers: Layers, density: float, total: int, like: Mapping[str, int] | None
+    ) -> list[int]:
+        """Live units per layer: ``total`` split by the distribution, or in proportion to ``like``."""
+        structure = layers[0].structure
+        if isinstance(structure, NM):
+            per_group = max(1, math.ceil(round(density * structure.m, 9)))
+            return [layer.size // structure.m * per_group for layer in layers]
+        if total > sum(layer.live for layer in layers):  # to grow: every position has room
+            full = [layer.units.new_ones(layer.size) for layer in layers]
+            layers = [layer.with_units(units) for layer, units in zip(layers, full, strict=True)]
+        if like is None:
+            return self._distribution(layers, total)
+        scale = total / sum(like[layer.name] for layer in layers)
+        ideal = [like[layer.name] * scale for layer in layers]
+        return apportion(ideal, [layer.live for layer in layers], total)
+
+    # ----------------------------------------------------------------------- checks
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _named(self, make: Callable[..., Any], *args: Any) -> Any:
+        """``make(*args)``, with this class's name before its errors."""
+        try:
+            return make(*args)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self._name}: {error}") from None
+
+    def _check(self, name: str, value: object, *, low_open: bool = False) -> None:
+        """Raise unless ``value`` is a number in [0, 1], or (0, 1]."""
+        interval = "(0, 1]" if low_open else "[0, 1]"
+        hint = "; for 90% sparsity pass density=0.1" if name == "density" else ""
+        message = f"{self._name}({name}={value!r}): {name} must lie in {interval}{hint}."
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{self._name}({name}={value!r}): {name} must be a number{hint}.")
+        if not (0 <= value <= 1) or (low_open and value == 0):
+            raise ValueError(message)
+
+    def _check_types(self, structure: Structure | None, seed: int | None) -> None:
+        if structure is not None and not isinstance(structure, Structure):
+            raise TypeError(
+                f"{self._name}(structure={structure!r}): must be a structure such as Rows() or "
+                "NM(2, 4)."
+            )
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise TypeError(f"{self._name}(seed={seed!r}): must be an int or None.")
+
+    def _check_pattern(self, density: float | None, structure: NM) -> float:
+        if density not in (None, structure.density):
+            raise ValueError(
+                f"{self._name}(density={density!r}, structure={structure!r}): the pattern fixes "
+                f"the density at {structure.density}; leave density out."
+            )
+        return structure.density
+
+
+def _size(layers: Layers) -> int:
+    return sum(layer.size for layer in layers)
+
+
+def _part(density: float, sizes: Sequence[int], index: int) -> int:
+    """Integer share of ``density`` of all units that falls to one of several groups."""
+    total = max(len(sizes), round(density * sum(sizes)))
+    return apportion([density * size for size in sizes], list(sizes), total)[index]

@@ -1,0 +1,85 @@
+"""RigL: grow where the dense gradient is largest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from lightning_sparsity.callbacks.base import MaskCallback
+from lightning_sparsity.core.filters import Selection, linear_and_conv
+from lightning_sparsity.core.layer import Distribution, Rule
+from lightning_sparsity.distributions import erk
+from lightning_sparsity.rules import chain, drop, grow
+from lightning_sparsity.schedules import cosine
+from lightning_sparsity.scores import gradient, magnitude, random
+from lightning_sparsity.structures import Structure
+
+
+class RigL(MaskCallback):
+    r"""Rigging the Lottery (Evci et al., 2020, arXiv:1911.11134).
+
+    At every update each layer loses the fraction
+    :math:`f(t) = \frac{\alpha}{2}(1 + \cos(\pi t / T_{end}))` of its live weights,
+    smallest magnitude first, and regrows as many where :math:`|\nabla L|` is largest
+    (Sec. 3, items 2 to 4). Regrown weights start at zero.
+
+    The official code replaces the optimizer step by the update on update steps; here the
+    optimizer steps first, on the old mask, so that no batch is lost. A weight that is
+    dropped and regrown by one update keeps its value and its momentum, as in that code.
+
+    Args:
+        density: Live share of all sparse weights, in (0, 1]; may be left out when an
+            earlier callback made the masks.
+        distribution: How ``density`` is split over layers, or densities by name pattern;
+            default ERK.
+        drop_fraction: :math:`\alpha`, in [0, 1].
+        update_interval: :math:`\Delta T`, in optimizer steps, or "epoch".
+        update_start: First step (int) or fraction of training (float).
+        update_end: :math:`T_{end}`, a step (int) or a fraction of training (float).
+        include: Which parameters are sparse: names, patterns, module types, callables.
+        exclude: Which of those are left dense.
+        structure: What one unit is, such as ``NM(2, 4)``; default single weights.
+        weight_init: A rule for the start values of the live weights, such as
+            ``rescale_to_fan_in``; None keeps the model's own.
+        seed: Of the random start masks; default that of ``seed_everything``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        TypeError: If an argument is of the wrong type.
+
+    Example::
+
+        Trainer(callbacks=[RigL(density=0.1), DensityMonitor()])
+    """
+
+    def __init__(
+        self,
+        density: float | None = None,
+        *,
+        distribution: Distribution | Mapping[str, float] | None = None,
+        drop_fraction: float = 0.3,
+        update_interval: int | Literal["epoch"] = 100,
+        update_start: int | float = 0,
+        update_end: int | float = 0.75,
+        include: Selection = linear_and_conv,
+        exclude: Selection = (),
+        structure: Structure | None = None,
+        weight_init: Rule | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self._check("drop_fraction", drop_fraction)
+        start = drop(random)
+        super().__init__(
+            density=density,
+            distribution=distribution,
+            default_distribution=erk,
+            initial=chain(start, weight_init) if weight_init else start,
+            update=chain(drop(magnitude, fraction=cosine(drop_fraction)), grow(gradient)),
+            update_interval=update_interval,
+            update_start=update_start,
+            update_end=update_end,
+            include=include,
+            exclude=exclude,
+            structure=structure,
+            seed=seed,
+        )

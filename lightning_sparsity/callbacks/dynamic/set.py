@@ -1,0 +1,135 @@
+"""SET: drop the smallest weights after every epoch and grow others at random."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_sparsity.callbacks.base import MaskCallback
+from lightning_sparsity.core.filters import Selection, linear_and_conv
+from lightning_sparsity.core.layer import Budget, Distribution, Layer, Layers, Rule
+from lightning_sparsity.distributions import er
+from lightning_sparsity.ops.selection import top_k
+from lightning_sparsity.rules import chain, drop, grow
+from lightning_sparsity.scores import magnitude, random, without_gradient
+from lightning_sparsity.structures import Structure
+
+
+class SET(MaskCallback):
+    r"""Sparse Evolutionary Training (Mocanu et al., 2018, arXiv:1707.04780).
+
+    Starts from an Erdős-Rényi topology. After every epoch each layer loses the fraction
+    :math:`\zeta` of its weights that are nearest zero and gains as many at random (Alg. 1);
+    not after the last epoch.
+
+    The paper drops :math:`\zeta` of the positive weights and :math:`\zeta` of the negative
+    ones, each nearest zero; later users rank by magnitude alone, which is the default here.
+    New weights start at zero, as in the authors' Keras version; their sparse-matrix
+    version draws them from :math:`N(0, 0.1^2)` (``new_weight_std=0.1``). The paper's
+    :math:`\varepsilon` is ``distribution=epsilon(20)``, which fixes the density.
+
+    Args:
+        density: Live share of all sparse weights, in (0, 1]; may be left out when an
+            earlier callback made the masks, or with ``distribution=epsilon(...)``.
+        distribution: How ``density`` is split over layers, or densities by name pattern;
+            default Erdős-Rényi.
+        drop_fraction: :math:`\zeta`, in [0, 1].
+        sign_split: Drop from positive and negative weights separately, as the paper does.
+        new_weight_std: Standard deviation of the values of new weights, >= 0.
+        update_interval: "epoch", or a number of optimizer steps.
+        update_start: First step (int) or fraction of training (float).
+        update_end: Last step (int) or fraction of training (float).
+        include: Which parameters are sparse: names, patterns, module types, callables.
+        exclude: Which of those are left dense.
+        structure: What one unit is, such as ``Block(4, 4)``; default single weights.
+        weight_init: A rule for the start values of the live weights, such as
+            ``rescale_to_fan_in``; None keeps the model's own.
+        seed: Of the random choices; default that of ``seed_everything``.
+
+    Raises:
+        ValueError: If an argument is out of range, or ``sign_split`` meets a structure.
+        TypeError: If an argument is of the wrong type.
+
+    Example::
+
+        Trainer(callbacks=[SET(distribution=epsilon(20))])
+    """
+
+    def __init__(
+        self,
+        density: float | None = None,
+        *,
+        distribution: Distribution | Mapping[str, float] | None = None,
+        drop_fraction: float = 0.3,
+        sign_split: bool = False,
+        new_weight_std: float = 0.0,
+        update_interval: int | Literal["epoch"] = "epoch",
+        update_start: int | float = 0,
+        update_end: int | float = 1.0,
+        include: Selection = linear_and_conv,
+        exclude: Selection = (),
+        structure: Structure | None = None,
+        weight_init: Rule | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self._check("drop_fraction", drop_fraction)
+        self._check_std(new_weight_std)
+        if sign_split and structure is not None:
+            raise ValueError(
+                f"SET(sign_split=True, structure={structure!r}): units have no sign; use one of "
+                "the two."
+            )
+        start = drop(random)
+        lose: Rule = drop_by_sign(drop_fraction) if sign_split else drop(magnitude, drop_fraction)
+        super().__init__(
+            density=density,
+            distribution=distribution,
+            default_distribution=er,
+            initial=chain(start, weight_init) if weight_init else start,
+            update=chain(lose, grow(random, start=new_weight_std)),
+            update_interval=update_interval,
+            update_start=update_start,
+            update_end=update_end,
+            include=include,
+            exclude=exclude,
+            structure=structure,
+            seed=seed,
+        )
+
+    @staticmethod
+    def _check_std(value: object) -> None:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"SET(new_weight_std={value!r}): must be a number >= 0.")
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"SET(new_weight_std={value!r}): must be finite and >= 0.")
+
+
+@dataclass(frozen=True)
+class drop_by_sign:
+    """Drop a fraction of the positive weights and of the negative ones, nearest zero first.
+
+    Args:
+        fraction: Of each sign's live weights, rounded down, in [0, 1].
+    """
+
+    fraction: float
+    needs_gradient = False
+
+    def __call__(self, layers: Layers, budget: Budget, progress: float) -> Layers:
+        """Drop weights; ``budget`` and ``progress`` are not used."""
+        return [self._drop(layer) for layer in layers]
+
+    def _drop(self, layer: Layer) -> Layer:
+        kept = layer.mask & (layer.weight == 0)
+        for side in (layer.weight > 0, layer.weight < 0):
+            live = layer.mask & side
+            count = int(live.count_nonzero())
+            count -= int(round(self.fraction * count, 9))
+            kept |= top_k([magnitude(layer)], count, [live])[0]
+        return dataclasses.replace(layer, mask=kept)
+
+
+without_gradient(drop_by_sign)

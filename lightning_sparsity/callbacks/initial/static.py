@@ -1,0 +1,85 @@
+"""StaticSparse: a fixed mask from the first step to the last."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from lightning_sparsity.callbacks.base import MaskCallback
+from lightning_sparsity.core.filters import Selection, linear_and_conv
+from lightning_sparsity.core.layer import Distribution, Layers, Rule, Score
+from lightning_sparsity.distributions import erk, fixes_total
+from lightning_sparsity.rules import chain, drop
+from lightning_sparsity.scores import random
+from lightning_sparsity.structures import Structure
+
+
+class StaticSparse(MaskCallback):
+    r"""Training on a fixed sparse topology, the baseline of all dynamic methods.
+
+    The mask is drawn once, before the first step. Without a density it is read off the
+    weights: what is zero stays zero, which continues from a sparse file.
+
+    Args:
+        density: Live share of all sparse weights, in (0, 1]; None: keep the zeros that
+            the weights have, or the masks that an earlier callback made.
+        score: What stays: ``random`` (default) or ``magnitude``.
+        distribution: How ``density`` is split over layers, or densities by name pattern;
+            default ERK.
+        include: Which parameters are sparse: names, patterns, module types, callables.
+        exclude: Which of those are left dense.
+        structure: What one unit is, such as ``Rows()``; default single weights.
+        weight_init: A rule for the start values of the live weights, such as
+            ``rescale_to_fan_in`` (standard deviation times :math:`1/\sqrt{d}`, d the live
+            share of the neuron's inputs) or ``sparse_kaiming_normal`` (Evci et al., 2022);
+            None keeps the model's own.
+        seed: Of the random mask; default that of ``seed_everything``.
+
+    Raises:
+        ValueError: If an argument is out of range, or no density is given and no weight
+            is zero.
+        TypeError: If an argument is of the wrong type.
+
+    Example::
+
+        Trainer(callbacks=[StaticSparse(density=0.1, weight_init=rescale_to_fan_in)])
+    """
+
+    def __init__(
+        self,
+        density: float | None = None,
+        *,
+        score: Score = random,
+        distribution: Distribution | Mapping[str, float] | None = None,
+        include: Selection = linear_and_conv,
+        exclude: Selection = (),
+        structure: Structure | None = None,
+        weight_init: Rule | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(
+            density=density,
+            distribution=distribution,
+            default_distribution=erk,
+            initial=chain(drop(score), weight_init) if weight_init else drop(score),
+            include=include,
+            exclude=exclude,
+            structure=structure,
+            seed=seed,
+            role="initial",
+        )
+
+    def begin(self, groups: Sequence[Layers], found: bool) -> list[Layers]:
+        """Make the masks; see the class. ``groups``, ``found`` as in the base class."""
+        if found or self.density is not None or fixes_total(self._distribution):
+            return super().begin(groups, found)
+        kept = [
+            [dataclasses.replace(layer, mask=layer.weight != 0) for layer in layers]
+            for layers in groups
+        ]
+        if all(layer.live == layer.size for layers in kept for layer in layers):
+            raise ValueError(
+                "StaticSparse(density=None): no weight is zero, so there is no mask to keep; give "
+                "a density, such as StaticSparse(density=0.1)."
+            )
+        return kept

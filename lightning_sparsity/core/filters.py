@@ -1,0 +1,179 @@
+"""Filters: which parameters are sparse."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_sparsity.structures import Layout
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One parameter that a filter may choose.
+
+    Args:
+        name: Plain name, wrapper prefixes removed.
+        module: The module that holds it (the first one, if it is shared).
+        parameter: The parameter.
+        index: Place among the weights of linear and convolutional layers, in the
+            order of the model; -1 for all other parameters.
+        total: Number of such weights in the model.
+        aliases: Every name under which the model's ``state_dict`` holds it.
+    """
+
+    name: str
+    module: nn.Module
+    parameter: nn.Parameter
+    index: int
+    total: int
+    aliases: tuple[str, ...]
+
+    @property
+    def layout(self) -> Layout:
+        """Where the outputs and inputs of the parameter lie."""
+        if isinstance(self.module, _CONVOLUTIONS):
+            return Layout(groups=self.module.groups)
+        if isinstance(self.module, _TRANSPOSED):
+            return Layout(groups=self.module.groups, transposed=True)
+        return Layout()
+
+
+ParameterFilter = Callable[[Candidate], bool]
+"""True for parameters that it chooses."""
+
+Selection = str | type[nn.Module] | ParameterFilter | Sequence["Selection"]
+"""A name or pattern, a module type, a callable, or several of these."""
+
+
+def linear_and_conv(candidate: Candidate) -> bool:
+    """Weights of linear and convolutional layers, of any dimension."""
+    return candidate.index >= 0
+
+
+def first_layer(candidate: Candidate) -> bool:
+    """The first linear or convolutional layer of the model."""
+    return candidate.index == 0
+
+
+def last_layer(candidate: Candidate) -> bool:
+    """The last linear or convolutional layer of the model."""
+    return candidate.index == candidate.total - 1 and candidate.index >= 0
+
+
+def plain_name(name: str) -> str:
+    """``name`` without the prefixes of wrappers such as ``torch.compile``.
+
+    Example:
+        >>> plain_name("net._orig_mod.0.weight")
+        'net.0.weight'
+    """
+    return _WRAPPERS.sub("", name).lstrip(".")
+
+
+def candidates(model: nn.Module) -> list[Candidate]:
+    """Every parameter of ``model`` once, in the model's order."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    found = []
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for key, parameter in module.named_parameters(prefix, recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                found.append((plain_name(key), module, parameter))
+    weights = [id(p) for name, m, p in found if _is_layer_weight(name, m)]
+    return [
+        Candidate(
+            name=name,
+            module=module,
+            parameter=parameter,
+            index=weights.index(id(parameter)) if id(parameter) in weights else -1,
+            total=len(weights),
+            aliases=tuple(names[id(parameter)]),
+        )
+        for name, module, parameter in found
+    ]
+
+
+def select(
+    pool: Iterable[Candidate], include: Selection, exclude: Selection = ()
+) -> list[Candidate]:
+    """The candidates that ``include`` chooses and ``exclude`` does not.
+
+    Weights that need no gradient are chosen only if a name without wildcards names them.
+
+    Raises:
+        ValueError: If a name, pattern or type matches no parameter, or nothing is left.
+        TypeError: If a selection is of none of the allowed kinds.
+    """
+    pool = list(pool)
+    chosen = _matches(pool, include, "include")
+    dropped = {id(c) for c in _matches(pool, exclude, "exclude")}
+    left = [c for c in chosen if id(c) not in dropped]
+    if not left:
+        raise ValueError(
+            f"include={include!r}, exclude={exclude!r} leaves no parameter of the model; "
+            f"linear and convolutional weights are {_names(filter(linear_and_conv, pool))}."
+        )
+    return left
+
+
+def _matches(pool: list[Candidate], selection: Selection, argument: str) -> list[Candidate]:
+    if isinstance(selection, str):
+        if any(sign in selection for sign in "*?["):
+            found = [c for c in pool if linear_and_conv(c) and _fits(c, selection)]
+            found = [c for c in found if c.parameter.requires_grad]
+        else:
+            found = [c for c in pool if selection == c.name]
+            found = found or [c for c in pool if f"{selection}.weight" == c.name]
+            found = found or [
+                c for c in pool if linear_and_conv(c) and c.name.startswith(f"{selection}.")
+            ]
+        if not found:
+            raise ValueError(
+                f"{argument}={selection!r} names no parameter of the model; linear and "
+                f"convolutional weights are {_names(filter(linear_and_conv, pool))}."
+            )
+        return found
+    if isinstance(selection, type):
+        return [
+            c
+            for c in pool
+            if isinstance(c.module, selection)
+            and c.name.rpartition(".")[2] == "weight"
+            and c.parameter.requires_grad
+        ]
+    if callable(selection):
+        return [c for c in pool if selection(c) and c.parameter.requires_grad]
+    if isinstance(selection, Sequence):
+        hit = {id(c) for part in selection for c in _matches(pool, part, argument)}
+        return [c for c in pool if id(c) in hit]
+    raise TypeError(
+        f"{argument}={selection!r} must be a parameter name or pattern, a module type, a "
+        "callable that takes a Candidate, or a sequence of these."
+    )
+
+
+def _fits(candidate: Candidate, pattern: str) -> bool:
+    module = candidate.name.rpartition(".")[0]
+    return fnmatch.fnmatchcase(candidate.name, pattern) or fnmatch.fnmatchcase(module, pattern)
+
+
+def _is_layer_weight(name: str, module: nn.Module) -> bool:
+    kinds = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
+    return isinstance(module, kinds) and name.rpartition(".")[2] == "weight"
+
+
+def _names(found: Iterable[Candidate]) -> str:
+    names = [c.name for c in found]
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "none"

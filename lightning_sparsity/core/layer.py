@@ -1,0 +1,103 @@
+"""Layer: the frozen view of one sparse weight that scores, rules and distributions read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_sparsity.structures import Layout, Structure, Unstructured
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One sparse weight at one moment. Rules return changed copies, never write.
+
+    Args:
+        name: Plain parameter name, such as ``net.0.weight``.
+        weight: The weight, detached.
+        mask: Same shape, bool, True = live.
+        grad: Dense gradient of the last optimizer step, or None if it was not kept.
+        slots: The method's own tensors, by name.
+        structure: What one unit is.
+        layout: Where outputs and inputs lie.
+        generator: CPU generator of this layer and update, the same on every rank.
+    """
+
+    name: str
+    weight: Tensor
+    mask: Tensor
+    grad: Tensor | None = None
+    slots: Mapping[str, Tensor] = field(default_factory=dict)
+    structure: Structure = field(default_factory=Unstructured)
+    layout: Layout = field(default_factory=Layout)
+    generator: torch.Generator | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return tuple(self.weight.shape)
+
+    @cached_property
+    def size(self) -> int:
+        """Number of units, live or not (weights, if unstructured)."""
+        return self.structure.size(self.shape, self.layout)
+
+    @cached_property
+    def units(self) -> Tensor:
+        """Which units are live: ``(size,)`` bool."""
+        return self.structure.live(self.mask, self.layout)
+
+    @cached_property
+    def live(self) -> int:
+        """Number of live units."""
+        return int(self.units.count_nonzero())
+
+    def reduce(self, score: Tensor) -> Tensor:
+        """Sum a per-weight score over each unit: ``(size,)``."""
+        return self.structure.reduce(score, self.layout)
+
+    def with_units(self, units: Tensor) -> Layer:
+        """This layer with the mask whose live units are ``units``, ``(size,)`` bool."""
+        mask = self.structure.expand(units, self.shape, self.layout)
+        return dataclasses.replace(self, mask=mask)
+
+
+def dense_layers(shapes: Mapping[str, Sequence[int]]) -> list[Layer]:
+    """Layers that have a shape and no data, to try distributions without a model.
+
+    Example:
+        >>> [layer.size for layer in dense_layers({"fc1": (300, 784), "fc2": (10, 300)})]
+        [235200, 3000]
+    """
+    return [
+        Layer(
+            name=name,
+            weight=torch.empty(tuple(shape), device="meta"),
+            mask=torch.ones((), dtype=torch.bool).expand(tuple(shape)),
+        )
+        for name, shape in shapes.items()
+    ]
+
+
+Layers = Sequence[Layer]
+"""The layers that a rule or a distribution works on."""
+
+Budget = Sequence[int]
+"""Live units per layer."""
+
+Score = Callable[[Layer], Tensor]
+"""Per-weight score, shape of the weight; larger = keep, or grow first."""
+
+Distribution = Callable[[Layers, int], list[int]]
+"""Splits a total over the live units of each layer; exact, never more than ``layer.live``."""
+
+Schedule = Callable[[float], float]
+"""Maps training progress in [0, 1] to a value."""
+
+Rule = Callable[[Layers, Budget, float], Layers]
+"""Turns layers into layers, given live units per layer and progress in [0, 1]. Pure."""

@@ -1,0 +1,92 @@
+"""Method: what the engine asks of a callback that makes or changes masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from lightning_sparsity.core.filters import Selection
+from lightning_sparsity.core.layer import Layer, Layers, Rule
+from lightning_sparsity.core.window import Window
+from lightning_sparsity.structures import Structure
+
+Role = Literal["initial", "updater"]
+"""Initial methods act once, before the first step; updaters act in a window."""
+
+Observe = Callable[[Layer], Mapping[str, Tensor]]
+"""Sees a layer with its dense gradient before every step; returns the slots to keep."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of a method's weights that one optimizer owns, as the method began.
+
+    Args:
+        sizes: Units of the method that each optimizer owns.
+        index: Which of them this part is.
+        start: Live units by parameter name when the method began.
+        found: Whether an earlier method had made the masks.
+    """
+
+    sizes: tuple[int, ...]
+    index: int
+    start: Mapping[str, int]
+    found: bool
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A callback that makes or changes masks.
+
+    Attributes:
+        role: Initial or updater.
+        include: Which parameters are sparse.
+        exclude: Which of those are left dense.
+        structure: What one unit is; None: as an earlier method has it.
+        window: When updates run.
+        rule: What an update does; None: nothing after the start.
+        observe: Fills slots from dense gradients, or None.
+        ramps: Whether the density changes in the window. If not, the last step of
+            training is never followed by an update, as nothing would train on it.
+        seed: Of random choices; None: the run's.
+        density: Asked live share, None if it is taken from an earlier method.
+    """
+
+    role: Role
+    include: Selection
+    exclude: Selection
+    structure: Structure | None
+    window: Window
+    rule: Rule | None
+    observe: Observe | None
+    ramps: bool
+    seed: int | None
+    density: float | None
+
+    def begin(self, groups: Sequence[Layers], found: bool) -> list[Layers]:
+        """Make masks, or adapt those that an earlier method made.
+
+        Args:
+            groups: The layers, those of one optimizer together.
+            found: Whether an earlier method made the masks.
+
+        Returns:
+            The layers of each group as they should be.
+        """
+        ...
+
+    def update(self, layers: Layers, share: Share, progress: float) -> Layers:
+        """One update of the layers of one optimizer.
+
+        Args:
+            layers: The layers as they are, after the optimizer step.
+            share: What part of the whole they are.
+            progress: How much of the window has passed, in [0, 1].
+
+        Returns:
+            The layers as they should be.
+        """
+        ...

@@ -1,0 +1,131 @@
+"""The plan: which method works on which parameter, checked before training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.optim import Optimizer
+
+from lightning_sparsity.core.filters import Candidate, candidates, select
+from lightning_sparsity.core.method import Method
+from lightning_sparsity.core.parameter import SparseParameter
+from lightning_sparsity.core.window import Steps
+from lightning_sparsity.structures import Structure, Unstructured
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One method and the parameters it works on.
+
+    Args:
+        key: Name of the method in messages and checkpoints, such as ``RigL``.
+        method: The callback.
+        names: Plain names of its parameters, in the model's order.
+    """
+
+    key: str
+    method: Method
+    names: tuple[str, ...]
+
+
+def assign(
+    model: nn.Module, callbacks: Iterable[Callback]
+) -> tuple[list[Assignment], list[SparseParameter]]:
+    """Match methods and parameters; initial methods first, each role in list order.
+
+    Returns:
+        The assignments, and every sparse parameter once, in the model's order.
+
+    Raises:
+        ValueError: If a filter matches nothing or a structure does not fit a weight.
+        MisconfigurationException: If two methods cut one weight in different units.
+    """
+    pool = candidates(model)
+    methods = sorted(
+        (c for c in callbacks if isinstance(c, Method)), key=lambda m: m.role != "initial"
+    )
+    assignments: list[Assignment] = []
+    chosen: dict[str, tuple[Candidate, Structure, str]] = {}
+    for key, method in zip(_keys(methods), methods, strict=True):
+        found = _select(key, method, pool)
+        for candidate in found:
+            first = chosen.get(candidate.name)
+            structure = _structure(key, method, candidate, first)
+            chosen.setdefault(candidate.name, (candidate, structure, key))
+        assignments.append(Assignment(key, method, tuple(c.name for c in found)))
+    ordered = [chosen[c.name] for c in pool if c.name in chosen]
+    return assignments, [SparseParameter(candidate, unit) for candidate, unit, _ in ordered]
+
+
+def check_windows(windows: Sequence[tuple[str, Steps, frozenset[str]]]) -> None:
+    """Refuse two updaters that are active on one parameter at the same time.
+
+    Args:
+        windows: Key, steps and parameter names of every updater, in list order.
+
+    Raises:
+        MisconfigurationException: Naming both callbacks, the parameter and the way out.
+    """
+    for place, (key, steps, names) in enumerate(windows):
+        for earlier, before, taken in windows[:place]:
+            if names & taken and steps.start < before.end:
+                raise MisconfigurationException(
+                    f"{earlier} works on {min(names & taken)} from step {before.start} to "
+                    f"{before.end}, and {key} from step {steps.start} to {steps.end}. One updater "
+                    f"at a time: let {key} begin when {earlier} ends (update_start={before.end}), "
+                    "or give them different parameters with include= and exclude=."
+                )
+
+
+def owner_of(parameter: SparseParameter, optimizers: Sequence[Optimizer]) -> int | None:
+    """Index of the first optimizer that steps ``parameter``, or None."""
+    for index, optimizer in enumerate(optimizers):
+        for group in optimizer.param_groups:
+            if any(parameter.parameter is p for p in group["params"]):
+                return index
+    return None
+
+
+def _keys(methods: Sequence[Method]) -> list[str]:
+    """Class names, numbered from the second of a kind."""
+    names = [type(method).__name__ for method in methods]
+    counts = [names[:place].count(name) for place, name in enumerate(names)]
+    return [f"{name}[{n}]" if n else name for name, n in zip(names, counts, strict=True)]
+
+
+def _select(key: str, method: Method, pool: list[Candidate]) -> list[Candidate]:
+    try:
+        found = select(pool, method.include, method.exclude)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{key}: {error}") from None
+    for candidate in found:
+        if isinstance(candidate.parameter, UninitializedParameter):
+            raise ValueError(
+                f"{key}: {candidate.name} is not initialised yet; run one batch through the lazy "
+                "module before fit."
+            )
+    return [candidate for candidate in found if candidate.parameter.numel()]
+
+
+def _structure(
+    key: str,
+    method: Method,
+    candidate: Candidate,
+    first: tuple[Candidate, Structure, str] | None,
+) -> Structure:
+    structure = method.structure or (first[1] if first else Unstructured())
+    if first is not None and structure != first[1]:
+        raise MisconfigurationException(
+            f"{first[2]} cuts {candidate.name} in units of {first[1]!r}, but {key} in units of "
+            f"{structure!r}. Give both the same structure=, or leave it out of {key}."
+        )
+    try:
+        structure.check(tuple(candidate.parameter.shape), candidate.layout)
+    except ValueError as error:
+        raise ValueError(f"{key}: {candidate.name}: {error}") from None
+    return structure

@@ -1,0 +1,589 @@
+"""Distributions: how many units live in each layer.
+
+A distribution maps ``(layers, total)`` to the live units of each layer. The counts add up
+to ``total`` exactly, never exceed ``layer.live``, and leave at least one live unit in every
+layer that has any. At the start all units are live; when pruning later, those of the mask
+are what there is to keep. All counts are in units of the layer's structure: weights, if
+unstructured.
+
+Four do not give the requested total: :class:`epsilon` and :class:`per_layer`, from which
+the total follows (:func:`fixes_total`), :func:`fan_in`, which rounds per neuron, and
+:class:`keep_dense`, whose dense layers come on top.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_sparsity.core.layer import Distribution, Layer, Layers, Score
+from lightning_sparsity.ops.selection import top_k_counts
+from lightning_sparsity.scores import needs_gradient, without_gradient
+
+
+@without_gradient
+def uniform(layers: Layers, total: int) -> list[int]:
+    """The same density in every layer.
+
+    Example:
+        >>> from lightning_sparsity.core.layer import dense_layers
+        >>> lenet = dense_layers({"fc1": (300, 784), "fc2": (100, 300), "fc3": (10, 100)})
+        >>> uniform(lenet, 26620)
+        [23520, 3000, 100]
+    """
+    return _split([layer.size for layer in layers], layers, total)
+
+
+@without_gradient
+def uniform_plus(layers: Layers, total: int) -> list[int]:
+    """Uniform, but gentle at both ends (Gale et al., 2019, Sec. 5).
+
+    The first layer stays dense if it is a convolution. All others have the same density,
+    unless that leaves the last two-dimensional weight less than a fifth of its units: then
+    it has a fifth, and the rest share what is left.
+
+    Raises:
+        ValueError: If ``total`` is less than the two ends need.
+
+    Example:
+        >>> from lightning_sparsity.core.layer import dense_layers
+        >>> net = dense_layers({"conv": (4, 1, 3, 3), "fc1": (20, 36), "fc2": (10, 20)})
+        >>> uniform_plus(net, 96)
+        [36, 20, 40]
+    """
+    ends = {0: layers[0].live} if layers and layers[0].weight.ndim > 2 else {}
+    counts = _around(ends, uniform, layers, total, "uniform_plus")
+    last = max((i for i, layer in enumerate(layers) if layer.weight.ndim == 2), default=None)
+    if last is None:
+        return counts
+    fifth = min(-(-layers[last].size // 5), layers[last].live)
+    if counts[last] >= fifth:
+        return counts
+    return _around({**ends, last: fifth}, uniform, layers, total, "uniform_plus")
+
+
+@without_gradient
+def er(layers: Layers, total: int) -> list[int]:
+    r"""Erdős-Rényi: :math:`d_l \propto (n_{in} + n_{out}) / (n_{in} n_{out})`.
+
+    The random graphs of SET (Mocanu et al., 2018), scaled to a total. :math:`n_{in}` and
+    :math:`n_{out}` are channels; the kernel area is ignored. Layers that would exceed
+    density 1 are dense and the others share what is left.
+
+    Example:
+        >>> from lightning_sparsity.core.layer import dense_layers
+        >>> net = dense_layers({"conv": (32, 16, 3, 3), "fc": (10, 64)})
+        >>> er(net, 1000)
+        [854, 146]
+    """
+    return _split([_er(layer) * layer.size for layer in layers], layers, total)
+
+
+@without_gradient
+def erk(layers: Layers, total: int) -> list[int]:
+    r"""Erdős-Rényi-Kernel (Evci et al., 2020, Sec. 3, item 1).
+
+    :math:`d_l \propto (n_{in} + n_{out} + k_h + k_w) / (n_{in} n_{out} k_h k_w)`. Layers
+    that would exceed density 1 are dense and the others share what is left.
+
+    Example:
+        >>> from lightning_sparsity.core.layer import dense_layers
+        >>> lenet = dense_layers({"fc1": (300, 784), "fc2": (100, 300), "fc3": (10, 100)})
+        >>> erk(lenet, 26620)
+        [18714, 6906, 1000]
+    """
+    return erk_power(1.0)(layers, total)
+
+
+@dataclass(frozen=True)
+class erk_power:
+    """ERK with its ratio raised to a power (``erk_power_scale`` of google-research/rigl).
+
+    Args:
+        power: 1 is :func:`erk`, 0 is :func:`uniform`; at least 0.
+
+    Raises:
+        ValueError: If ``power`` is not a number of at least 0.
+    """
+
+    power: float
+    needs_gradient: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.power) or not 0 <= self.power < math.inf:
+            raise ValueError(f"{self}: power must be a finite number >= 0; 1 is erk, 0 is uniform.")
+
+    def __call__(self, layers: Layers, total: int) -> list[int]:
+        """Live units per layer."""
+        raw = [
+            (sum(_dims(layer)) / math.prod(_dims(layer))) ** self.power * layer.size
+            for layer in layers
+        ]
+        return _split(raw, layers, total)
+
+
+@dataclass(frozen=True)
+class epsilon:
+    r"""SET's own sparsity control (Mocanu et al., 2018, Eq. 3).
+
+    Each layer gets the density
+    :math:`\varepsilon (n_{in} + n_{out}) / (n_{in} n_{out})`, at most 1: some
+    :math:`\varepsilon (n_{in} + n_{out})` links. The requested total is ignored.
+
+    Args:
+        value: :math:`\varepsilon`, above 0; 20 in the paper's image classifiers.
+
+    Raises:
+        ValueError: If ``value`` is not a number above 0.
+
+    Example:
+        >>> from lightning_sparsity.core.layer import dense_layers
+        >>> net = dense_layers({"fc1": (1000, 784), "fc2": (1000, 1000), "fc3": (10, 1000)})
+        >>> epsilon(20)(net, 0)
+        [35680, 40000, 10000]
+    """
+
+    value: float
+    needs_gradient: ClassVar[bool] = False
+    fixes_total: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.value) or not 0 < self.value < math.inf:
+            raise ValueError(
+                f"{self}: value must be a finite number above 0, such as epsilon(20); it is "
+                "links per unit, not a density."
+            )
+
+    def __call__(self, layers: Layers, total: int) -> list[int]:
+        """Live units per layer, whatever the ``total``."""
+        wanted = [round(self.value * _er(layer) * layer.size) for layer in layers]
+        return [min(max(1, n), layer.live) for n, layer in zip(wanted, layers, strict=True)]
+
+
+@without_gradient
+def fan_in(layers: Layers, total: int) -> list[int]:
+    r"""The same number of links for every neuron: :math:`\max(1, round(d \cdot fan\_in))`.
+
+    The initial counts of SRigL (Lasby et al., 2024), with :math:`d` = ``total`` over all
+    weights. They add up to ``total`` only roughly: layers with few inputs get more.
+
+    Raises:
+        ValueError: If a layer's structure has units other than single weights.
+
+    Example:
+        >>> from lightning_sparsity.core.layer import dense_layers
+        >>> lenet = dense_layers({"fc1": (300, 784), "fc2": (100, 300), "fc3": (10, 100)})
+        >>> fan_in(lenet, 26620)
+        [23400, 3000, 100]
+    """
+    density = total / max(sum(layer.size for layer in layers), 1)
+    counts = []
+    for layer in layers:
+        if layer.size != math.prod(layer.shape):
+            raise ValueError(
+                f"fan_in: {layer.name} has the structure {layer.structure}, and links per neuron "
+                "need single weights; use another distribution, such as uniform."
+            )
+        neurons = _dims(layer)[0]
+        links = max(1, round(density * layer.size / neurons))
+        counts.append(min(links * neurons, layer.live))
+    return counts
+
+
+@dataclass(frozen=True)
+class global_by:
+    """The ``total`` best live units of all layers together.
+
+    Args:
+        score: Ranks the weights; over a unit it is summed. Ties go to the earlier layer.
+        min_per_layer: Live units that every layer keeps (all, if it has fewer); guards
+            against layer collapse.
+
+    Raises:
+        TypeError: If ``score`` cannot be called.
+        ValueError: If ``min_per_layer`` is not an integer of at least 0.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sparsity.core.layer import Layer
+        >>> from lightning_sparsity.scores import magnitude
+        >>> weights = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> small, large = (
+        ...     Layer(name, weight, torch.ones(2, 2, dtype=torch.bool))
+        ...     for name, weight in [("small", weights), ("large", 3 * weights)]
+        ... )
+        >>> global_by(magnitude)([small, large], 4)
+        [1, 3]
+        >>> global_by(magnitude, min_per_layer=0)([small, large], 3)
+        [0, 3]
+    """
+
+    score: Score
+    min_per_layer: int = 1
+
+    def __post_init__(self) -> None:
+        if not callable(self.score):
+            raise TypeError(f"{self}: score must be a function of a layer, such as magnitude.")
+        if type(self.min_per_layer) is not int or self.min_per_layer < 0:
+            raise ValueError(f"{self}: min_per_layer must be an integer >= 0; the default is 1.")
+
+    def __repr__(self) -> str:
+        return f"global_by({_name(self.score)}, min_per_layer={self.min_per_layer})"
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the score reads gradients."""
+        return needs_gradient(self.score)
+
+    def __call__(self, layers: Layers, total: int) -> list[int]:
+        """Live units per layer."""
+        floors = [min(self.min_per_layer, layer.live) for layer in layers]
+        _check_total(total, floors, [layer.live for layer in layers])
+        scores = [layer.reduce(self.score(layer)) for layer in layers]
+        lifted: dict[int, int] = {}
+        while True:
+            free = [i for i in range(len(layers)) if i not in lifted]
+            best = top_k_counts(
+                [scores[i] for i in free],
+                total - sum(lifted.values()),
+                [layers[i].units for i in free],
+            )
+            counts = lifted | dict(zip(free, best, strict=True))
+            short = {i: floor for i, floor in enumerate(floors) if counts[i] < floor}
+            if not short:
+                return [counts[i] for i in range(len(layers))]
+            lifted |= short
+
+
+@without_gradient
+def lamp_score(layer: Layer) -> Tensor:
+    r"""Layer-adaptive magnitude (Lee et al., 2021, Eq. 4).
+
+    :math:`w_u^2 / \sum_{v:\, w_v^2 \ge w_u^2} w_v^2` over the live weights of the layer;
+    0 for the others. Of weights with equal magnitude the first counts as the largest, so
+    that exactly one weight per layer has score 1. Sums are in float64.
+
+    Returns:
+        Shape of the weight, float64.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.tensor([[1.0, 2.0, -2.0]])
+        >>> lamp_score(Layer("fc.weight", weight, torch.ones_like(weight, dtype=torch.bool)))
+        tensor([[0.1111, 1.0000, 0.5000]], dtype=torch.float64)
+    """
+    squares = (layer.weight.double() * layer.mask).square().reshape(-1)
+    ranked, order = squares.sort(descending=True, stable=True)
+    scores = ranked / ranked.cumsum(0).clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.empty_like(squares).scatter_(0, order, scores).reshape(layer.shape)
+
+
+@without_gradient
+def lamp(layers: Layers, total: int) -> list[int]:
+    """Counts by the LAMP score (Lee et al., 2021): ``global_by(lamp_score)``.
+
+    The largest weight of every layer scores 1, so no layer dies.
+    """
+    return global_by(lamp_score)(layers, total)
+
+
+@dataclass(frozen=True)
+class per_layer:
+    """A density for each layer, by name; the requested total is ignored.
+
+    Args:
+        densities: Pattern (as in a shell: ``*``, ``?``, ``[...]``) on the plain parameter
+            name, such as ``net.0.weight``, and the density in (0, 1] of the layers it
+            matches; a mapping or pairs. The first pattern that matches a layer counts.
+
+    Raises:
+        TypeError: If a pattern is not a string.
+        ValueError: If there is no pattern, or a density lies outside (0, 1]; on a call, if
+            a layer or a pattern is left without a match, or a layer has too few live units.
+
+    Example:
+        >>> from lightning_sparsity.core.layer import dense_layers
+        >>> lenet = dense_layers({"fc1": (300, 784), "fc2": (100, 300), "fc3": (10, 100)})
+        >>> per_layer({"fc3": 1.0, "fc*": 0.1})(lenet, 0)
+        [23520, 3000, 1000]
+    """
+
+    densities: Mapping[str, float] | Sequence[tuple[str, float]]
+    needs_gradient: ClassVar[bool] = False
+    fixes_total: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        densities = dict(self.densities)
+        _check_patterns(self, tuple(densities))
+        for pattern, density in densities.items():
+            if not _is_number(density) or not 0 < density <= 1:
+                raise ValueError(
+                    f"{self}: the density of {pattern!r} must be a number in (0, 1], not "
+                    f"{density!r}; for 90% sparsity write 0.1."
+                )
+        object.__setattr__(self, "densities", tuple(densities.items()))
+
+    def __call__(self, layers: Layers, total: int) -> list[int]:
+        """Live units per layer, whatever the ``total``."""
+        densities = dict(self.densities)
+        matches = _match(self, tuple(densities), layers)
+        counts = []
+        for layer, patterns in zip(layers, matches, strict=True):
+            if not patterns:
+                raise ValueError(
+                    f"{self}: no pattern matches {layer.name}; add one, such as "
+                    f"{layer.name!r}, or leave the layer out with exclude=."
+                )
+            wanted = max(1, round(densities[patterns[0]] * layer.size))
+            if wanted > layer.live:
+                raise ValueError(
+                    f"{self}: {layer.name} should have {wanted} live units and has only "
+                    f"{layer.live} left; lower the density of {patterns[0]!r}."
+                )
+            counts.append(wanted)
+        return counts
+
+
+@dataclass(frozen=True)
+class keep_dense:
+    """Leave some layers dense and split the rest by another distribution.
+
+    Args:
+        distribution: How the other layers are split.
+        layers: Patterns on the plain parameter names of the layers that stay dense, such
+            as ``("*.conv1.weight", "fc.weight")``.
+        charge: False: the density asked for holds over the other layers, so that more
+            units live than ``total`` (as in google-research/rigl). True: the dense layers
+            are paid from ``total`` (as in sparsimony).
+
+    Raises:
+        TypeError: If ``distribution`` cannot be called, or a pattern is not a string.
+        ValueError: If there is no pattern; on a call, if a pattern matches no layer, or
+            ``total`` does not pay for the dense layers.
+
+    Example:
+        >>> from lightning_sparsity.core.layer import dense_layers
+        >>> lenet = dense_layers({"fc1": (300, 784), "fc2": (100, 300), "fc3": (10, 100)})
+        >>> keep_dense(uniform, ["fc3"])(lenet, 26620)
+        [23520, 3000, 1000]
+        >>> keep_dense(uniform, ["fc3"], charge=True)(lenet, 26620)
+        [22722, 2898, 1000]
+    """
+
+    distribution: Distribution
+    layers: Sequence[str]
+    charge: bool = False
+
+    def __post_init__(self) -> None:
+        if not callable(self.distribution):
+            raise TypeError(f"{self}: distribution must be a distribution, such as erk.")
+        patterns = (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
+        object.__setattr__(self, "layers", patterns)
+        _check_patterns(self, patterns)
+
+    def __repr__(self) -> str:
+        return f"keep_dense({_name(self.distribution)}, {self.layers}, charge={self.charge})"
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the other distribution reads gradients."""
+        return needs_gradient(self.distribution)
+
+    @property
+    def fixes_total(self) -> bool:
+        """Whether the other distribution sets the total itself."""
+        return fixes_total(self.distribution)
+
+    def __call__(self, layers: Layers, total: int) -> list[int]:
+        """Live units per layer."""
+        matches = _match(self, self.layers, layers)
+        dense = {i: layers[i].live for i, patterns in enumerate(matches) if patterns}
+        if not self.charge:
+            size = sum(layer.size for layer in layers)
+            others = size - sum(layers[i].size for i in dense)
+            total = round(total * others / size) + sum(dense.values())
+        return _around(dense, self.distribution, layers, total, str(self))
+
+
+def fixes_total(distribution: Distribution) -> bool:
+    """Whether a distribution sets the total itself, so that no density is needed.
+
+    Example:
+        >>> fixes_total(epsilon(20)), fixes_total(erk)
+        (True, False)
+    """
+    return bool(getattr(distribution, "fixes_total", False))
+
+
+def fill(raw: Sequence[float], capacity: Sequence[int], total: float) -> list[float]:
+    r"""Split ``total`` in proportion to ``raw``, none above its capacity.
+
+    Water filling: :math:`c_l = \min(capacity_l, \varepsilon \, raw_l)` with the
+    :math:`\varepsilon` for which the counts add up. What does not fit into one layer goes
+    to the others in proportion; this is where the official ERK loop ends.
+
+    Args:
+        raw: Weight of each layer, at least 0; a layer with 0 gets nothing.
+        capacity: Most that each layer can take.
+        total: What is to be split; if it exceeds the capacities, each layer is full.
+
+    Returns:
+        Real-valued counts.
+
+    Raises:
+        ValueError: If a value of ``raw`` is negative, infinite or NaN.
+
+    Example:
+        >>> fill([1, 1, 2], [10, 2, 10], 10)
+        [2.6666666666666665, 2.0, 5.333333333333333]
+    """
+    if not all(0 <= value < math.inf for value in raw):
+        raise ValueError(f"fill: raw must hold finite numbers >= 0, not {list(raw)}.")
+    counts = [0.0] * len(raw)
+    open_ = [i for i, value in enumerate(raw) if value > 0]
+    left = total
+    while open_:
+        weight = math.fsum(raw[i] for i in open_)
+        shares = {i: left * raw[i] / weight for i in open_}
+        full = [i for i in open_ if shares[i] >= capacity[i]]
+        for i in open_:
+            counts[i] = min(shares[i], float(capacity[i]))
+        if not full:
+            break
+        left -= sum(capacity[i] for i in full)
+        open_ = [i for i in open_ if i not in full]
+    return counts
+
+
+def apportion(
+    ideal: Sequence[float], capacity: Sequence[int], total: int, floor: int = 1
+) -> list[int]:
+    """Round ideal counts to integers that add up to ``total``: largest remainder.
+
+    Every count stays between ``floor`` (or the capacity, if that is less) and its
+    capacity. Of equal remainders (to a billionth) the earlier layer gets the unit.
+
+    Args:
+        ideal: Real-valued counts, which should add up to ``total``, as from :func:`fill`.
+        capacity: Most that each layer can take.
+        total: What the counts add up to.
+        floor: Least that each layer gets.
+
+    Returns:
+        Counts per layer.
+
+    Raises:
+        ValueError: If ``total`` exceeds the capacities, or is less than the floors.
+
+    Example:
+        >>> apportion([2.5, 7.5], [5, 15], 10)
+        [3, 7]
+        >>> apportion([0.1, 0.1, 4.8], [5, 5, 5], 5)
+        [1, 1, 3]
+    """
+    floors = [min(floor, most) for most in capacity]
+    _check_total(total, floors, capacity)
+    ideal = [round(value, 9) for value in ideal]
+    counts = [
+        min(max(math.floor(value), least), most)
+        for value, least, most in zip(ideal, floors, capacity, strict=True)
+    ]
+    while missing := total - sum(counts):
+        unit = 1 if missing > 0 else -1
+        over = [round(count - value, 9) for count, value in zip(counts, ideal, strict=True)]
+        # The earlier layer is the first to get a unit and the last to lose one.
+        movable = [
+            i for i in range(len(counts))[::unit] if floors[i] <= counts[i] + unit <= capacity[i]
+        ]
+        movable.sort(key=over.__getitem__, reverse=unit < 0)
+        for i in movable[: abs(missing)]:
+            counts[i] += unit
+    return counts
+
+
+def _split(raw: Sequence[float], layers: Layers, total: int) -> list[int]:
+    """Split ``total`` over the live units in proportion to ``raw``."""
+    capacity = [layer.live for layer in layers]
+    return apportion(fill(raw, capacity, total), capacity, total)
+
+
+def _around(
+    given: Mapping[int, int], distribution: Distribution, layers: Layers, total: int, name: str
+) -> list[int]:
+    """The ``given`` counts, by position, and the rest of ``total`` split over the other layers."""
+    rest = [i for i in range(len(layers)) if i not in given]
+    paid = sum(given.values())
+    least = paid + sum(layers[i].live > 0 for i in rest)
+    if given and total < least and not fixes_total(distribution):
+        names = ", ".join(layers[i].name for i in given)
+        density = least / sum(layer.size for layer in layers)
+        raise ValueError(
+            f"{name}: {total} live units are too few, since {names} take {paid} and every other "
+            f"layer needs one. The largest sparsity is {1 - density:.4g} (density {density:.4g}); "
+            "ask for a higher density or keep fewer layers dense."
+        )
+    others = distribution([layers[i] for i in rest], total - paid)
+    counts = {**given, **dict(zip(rest, others, strict=True))}
+    return [counts[i] for i in range(len(layers))]
+
+
+def _check_total(total: int, least: Sequence[int], most: Sequence[int]) -> None:
+    """Raise unless ``total`` lies between the sums of what layers need and can take."""
+    needed, there = sum(least), sum(most)
+    if total > there:
+        raise ValueError(
+            f"cannot place {total} live units: the {len(most)} layers can take {there} in all, "
+            "which is the largest total; lower the density."
+        )
+    if total < needed:
+        raise ValueError(
+            f"{total} live units are too few for {len(least)} layers, none of which may die: the "
+            f"smallest total is {needed} of {there} (density {needed / max(there, 1):.4g}); raise "
+            "the density, or leave layers out with exclude=."
+        )
+
+
+def _dims(layer: Layer) -> tuple[int, ...]:
+    """Outputs, inputs (of one group) and kernel sides of a weight."""
+    groups, outputs, inputs, _ = layer.layout.canonical(layer.weight).shape
+    return groups * outputs, inputs, *layer.shape[2:]
+
+
+def _er(layer: Layer) -> float:
+    """The Erdős-Rényi ratio, from channels only."""
+    outputs, inputs, *_ = _dims(layer)
+    return (outputs + inputs) / (outputs * inputs)
+
+
+def _match(distribution: object, patterns: Sequence[str], layers: Layers) -> list[list[str]]:
+    """The patterns that match each layer, in order; raise if one matches none."""
+    matches = [[p for p in patterns if fnmatchcase(layer.name, p)] for layer in layers]
+    for pattern in patterns:
+        if not any(pattern in matched for matched in matches):
+            raise ValueError(
+                f"{distribution}: {pattern!r} matches no layer; the sparse layers are "
+                f"{', '.join(layer.name for layer in layers)}."
+            )
+    return matches
+
+
+def _check_patterns(distribution: object, patterns: tuple[str, ...]) -> None:
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"{distribution}: patterns must be strings, such as 'fc.weight'.")
+    if not patterns:
+        raise ValueError(f"{distribution}: needs at least one pattern, such as 'fc.weight'.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _name(part: Callable[..., object]) -> str:
+    """The name of a function, the repr of anything else."""
+    return getattr(part, "__name__", repr(part))

@@ -1,0 +1,264 @@
+"""Rules: layers in, layers out. A method is a chain of these verbs.
+
+A rule takes ``(layers, budget, progress)``: the layers, the live units each should have
+afterwards, and training progress in [0, 1]. It is pure: it returns changed copies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_sparsity.core.layer import Budget, Distribution, Layer, Layers, Rule, Schedule, Score
+from lightning_sparsity.ops.selection import sample, top_k, top_n_per_group
+from lightning_sparsity.scores import needs_gradient, random, without_gradient
+from lightning_sparsity.structures import NM
+
+
+@dataclass(frozen=True)
+class drop:
+    """Keep the best live units of each layer.
+
+    Args:
+        score: Ranks the live units; the lowest go.
+        fraction: Share of each layer's live units to drop, a number in [0, 1] or a
+            schedule of it. None: drop down to the budget.
+        share: How the units that stay are split over the layers; None: each layer
+            drops its own. ``share=global_by(magnitude)`` ranks across layers.
+        rounding: ``math.floor`` or ``math.ceil``, for ``fraction``.
+    """
+
+    score: Score
+    fraction: float | Schedule | None = None
+    share: Distribution | None = None
+    rounding: Callable[[float], int] = math.floor
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the score or the share reads gradients."""
+        return needs_gradient(self.score) or (
+            self.share is not None and needs_gradient(self.share)
+        )
+
+    def fraction_at(self, progress: float) -> float | None:
+        """The fraction to drop at ``progress``; None if the budget decides."""
+        return self.fraction(progress) if callable(self.fraction) else self.fraction
+
+    def __call__(self, layers: Layers, budget: Budget, progress: float) -> Layers:
+        """Drop units.
+
+        Args:
+            layers: Layers to prune.
+            budget: Live units each layer should keep, when ``fraction`` is None.
+            progress: Training progress in [0, 1], for a scheduled ``fraction``.
+
+        Returns:
+            The layers with their new masks.
+        """
+        fraction = self.fraction_at(progress)
+        if fraction is None and isinstance(layers[0].structure, NM):
+            return [self._drop_in_groups(*pair) for pair in zip(layers, budget, strict=True)]
+        if fraction is None:
+            keep = [min(layer.live, count) for layer, count in zip(layers, budget, strict=True)]
+        else:
+            keep = [self._survivors(layer.live, fraction) for layer in layers]
+        if self.share is not None:
+            keep = self.share(layers, sum(keep))
+        return [self._drop(*pair) for pair in zip(layers, keep, strict=True)]
+
+    def _survivors(self, live: int, fraction: float) -> int:
+        # float(str(...)) would hide it: 0.3 * 10 is 3.0000000000000004 only for ceil
+        dropped = self.rounding(round(fraction * live, 9))
+        return live - min(dropped, max(live - 1, 0))
+
+    def _drop(self, layer: Layer, keep: int) -> Layer:
+        if keep == layer.live:
+            return layer
+        return layer.with_units(_choose(self.score, layer, keep, layer.units))
+
+    def _drop_in_groups(self, layer: Layer, keep: int) -> Layer:
+        assert isinstance(layer.structure, NM)
+        if keep >= layer.live:
+            return layer
+        candidates = layer.structure.group(layer.mask, layer.layout)
+        wanted = min(-(-keep // len(candidates)), layer.structure.m)
+        counts = candidates.count_nonzero(dim=1).clamp(max=wanted)
+        return _choose_in_groups(self.score, layer, counts, candidates)
+
+
+@dataclass(frozen=True)
+class grow:
+    """Bring the best free units of each layer to life, up to the budget.
+
+    Grown weights start at zero unless ``start`` gives them a value.
+
+    Args:
+        score: Ranks the free units; the highest grow.
+        share: How the units to grow are split over the layers; None: each layer
+            grows to its own budget. With a share the budget's sum counts.
+        start: Standard deviation of the normal distribution from which the weights
+            that come alive are drawn; 0: they start at zero.
+    """
+
+    score: Score
+    share: Distribution | None = None
+    start: float = 0.0
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the score or the share reads gradients."""
+        return needs_gradient(self.score) or (
+            self.share is not None and needs_gradient(self.share)
+        )
+
+    def __call__(self, layers: Layers, budget: Budget, progress: float) -> Layers:
+        """Grow units.
+
+        Args:
+            layers: Layers with room.
+            budget: Live units each layer should have afterwards.
+            progress: Unused.
+
+        Returns:
+            The layers with their new masks (and weights, if ``start`` is not 0).
+        """
+        if isinstance(layers[0].structure, NM):
+            grown = [self._grow_in_groups(*pair) for pair in zip(layers, budget, strict=True)]
+        else:
+            if self.share is None:
+                room = [n - layer.live for layer, n in zip(layers, budget, strict=True)]
+            else:
+                free = [dataclasses.replace(layer, mask=~layer.mask) for layer in layers]
+                room = self.share(free, sum(budget) - sum(layer.live for layer in layers))
+            grown = [self._grow(*pair) for pair in zip(layers, room, strict=True)]
+        if self.start:
+            grown = [self._fill(old, new) for old, new in zip(layers, grown, strict=True)]
+        return grown
+
+    def _grow(self, layer: Layer, count: int) -> Layer:
+        if count <= 0:
+            return layer
+        return layer.with_units(layer.units | _choose(self.score, layer, count, ~layer.units))
+
+    def _grow_in_groups(self, layer: Layer, live: int) -> Layer:
+        assert isinstance(layer.structure, NM)
+        groups = layer.structure.group(layer.mask, layer.layout)
+        room = (live // len(groups) - groups.count_nonzero(dim=1)).clamp(min=0)
+        chosen = _choose_in_groups(self.score, layer, room, ~groups)
+        return dataclasses.replace(layer, mask=layer.mask | chosen.mask)
+
+    def _fill(self, old: Layer, new: Layer) -> Layer:
+        draw = torch.randn(new.shape, generator=new.generator).to(new.weight) * self.start
+        # A weight dropped and regrown by the same chain keeps its value.
+        fresh = new.mask & ~old.mask & (new.weight == 0)
+        return dataclasses.replace(new, weight=torch.where(fresh, draw, new.weight))
+
+
+@dataclass(frozen=True)
+class rewind:
+    """Give live weights back the values kept in a slot (Frankle et al., 2020).
+
+    Args:
+        slot: Key in ``layer.slots``.
+    """
+
+    slot: str
+    needs_gradient = False
+
+    def __call__(self, layers: Layers, budget: Budget, progress: float) -> Layers:
+        """Replace the weights of every layer by its slot."""
+        return [dataclasses.replace(layer, weight=layer.slots[self.slot]) for layer in layers]
+
+
+@dataclass(frozen=True, init=False)
+class chain:
+    """Apply rules one after the other, with the same budget and progress.
+
+    Args:
+        *rules: The rules, first to last.
+    """
+
+    rules: tuple[Rule, ...]
+
+    def __init__(self, *rules: Rule) -> None:
+        object.__setattr__(self, "rules", rules)
+
+    def __repr__(self) -> str:
+        return f"chain({', '.join(map(repr, self.rules))})"
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether any of the rules reads gradients."""
+        return any(needs_gradient(rule) for rule in self.rules)
+
+    def __call__(self, layers: Layers, budget: Budget, progress: float) -> Layers:
+        """Apply the rules."""
+        for rule in self.rules:
+            layers = rule(layers, budget, progress)
+        return layers
+
+
+@without_gradient
+def rescale_to_fan_in(layers: Layers, budget: Budget, progress: float) -> Layers:
+    r"""Scale each output unit's weights by :math:`1/\sqrt{d}`, d its live share of inputs.
+
+    Any dense initialisation whose variance is ``c / fan_in`` then has ``c / live fan_in``
+    at every neuron: the sparse network starts with the signal strength of the dense one.
+    """
+    return [
+        dataclasses.replace(
+            layer, weight=layer.weight * _per_output(layer, lambda total, live: (total / live) ** 0.5)
+        )
+        for layer in layers
+    ]
+
+
+@without_gradient
+def sparse_kaiming_normal(layers: Layers, budget: Budget, progress: float) -> Layers:
+    r"""Draw live weights anew from :math:`N(0, 2 / \text{live fan-in})`, neuron by neuron.
+
+    Gradient Flow in Sparse Neural Networks (Evci et al., 2022, Sec. 3.1).
+    """
+
+    def draw(layer: Layer) -> Tensor:
+        values = torch.randn(layer.shape, generator=layer.generator).to(layer.weight)
+        return values * _per_output(layer, lambda _, live: (2 / live) ** 0.5)
+
+    return [dataclasses.replace(layer, weight=draw(layer)) for layer in layers]
+
+
+def find(rule: Rule | None, kind: type[drop]) -> Sequence[drop]:
+    """All rules of a ``kind`` in a chain, in order."""
+    if isinstance(rule, chain):
+        return [part for inner in rule.rules for part in find(inner, kind)]
+    return [rule] if isinstance(rule, kind) else []
+
+
+def _per_output(layer: Layer, scale: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """``scale(inputs, live inputs)`` of every output unit, in the weight's shape."""
+    view = layer.layout.canonical(layer.mask)
+    live = view.sum((2, 3), keepdim=True).clamp(min=1).to(layer.weight.dtype)
+    total = view.shape[2] * view.shape[3]
+    return layer.layout.restore(scale(total, live).expand(view.shape), layer.shape)
+
+
+def _choose(score: Score, layer: Layer, count: int, candidates: Tensor) -> Tensor:
+    """The ``count`` best of the candidate units, ``(size,)`` bool."""
+    if score is random:
+        assert layer.generator is not None
+        return sample(candidates, count, layer.generator)
+    return top_k([layer.reduce(score(layer))], count, [candidates])[0]
+
+
+def _choose_in_groups(score: Score, layer: Layer, counts: Tensor, candidates: Tensor) -> Layer:
+    """The layer with only the best ``counts`` candidates of every group live."""
+    assert isinstance(layer.structure, NM)
+    values = layer.structure.group(score(layer), layer.layout)
+    chosen = top_n_per_group(values, counts, candidates)
+    mask = layer.structure.ungroup(chosen, layer.shape, layer.layout)
+    return dataclasses.replace(layer, mask=mask)

@@ -1,0 +1,243 @@
+"""The five core contracts, over every public mask method."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from methods import FULL_MATRIX, METHODS, UPDATERS, public_methods
+
+from lightning_sparsity import NM, Block, Columns, Rows
+from lightning_sparsity.core.keeper import MaskKeeper
+from lightning_sparsity.testing import Result, TinyModel, fit, tiny_net
+
+STRUCTURES = {
+    "rows": Rows(),
+    "columns": Columns(),
+    "block": Block(2, 4),
+    "nm": NM(1, 4),
+}
+
+
+def test_the_table_is_complete() -> None:
+    assert set(METHODS) == public_methods()
+    assert set(FULL_MATRIX) <= set(UPDATERS) < set(METHODS)
+
+
+# 1. exact budget ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("density", [0.013, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("name", METHODS)
+def test_budget_is_exact(name: str, density: float) -> None:
+    result = fit([METHODS[name](density)])
+    numel = sum(mask.numel() for mask in result.masks.values())
+    assert numel == 8 * 9 + 128 * 16 + 16 * 4
+    assert result.live == round(density * numel)
+    if name not in ("GMP", "Magnitude"):  # their density changes on the way
+        assert {sum(live.values()) for _, live in result.history} == {result.live}
+        assert len({tuple(live.values()) for _, live in result.history}) == 1
+
+
+@pytest.mark.parametrize("name", UPDATERS)
+def test_updates_happen(name: str) -> None:
+    result = fit([METHODS[name]()])
+    assert result.changes == {"SET": 2, "RigL": 4, "GMP": 5, "Magnitude": 1}[name]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("name", METHODS)
+def test_budget_is_exact_in_units(name: str, structure: str) -> None:
+    unit = STRUCTURES[structure]
+    density = None if isinstance(unit, NM) else 0.5
+    # N:M and blocks run along inputs: the first convolution has one channel only
+    extra: dict[str, Any] = {"exclude": "net.0"} if structure in ("nm", "block") else {}
+    result = fit([METHODS[name](density, structure=unit, **extra)])
+    counts = {}
+    units = 0
+    for key, mask in result.masks.items():
+        whole = unit.live(mask, _layout())
+        assert torch.equal(unit.expand(whole, tuple(mask.shape), _layout()), mask)
+        counts[key] = int(whole.sum())
+        units += whole.numel()
+    if isinstance(unit, NM):
+        for mask in result.masks.values():
+            assert (unit.group(mask, _layout()).sum(1) == 1).all()
+    else:
+        assert sum(counts.values()) == round(0.5 * units)
+
+
+def _layout() -> Any:
+    from lightning_sparsity.structures import Layout
+
+    return Layout()
+
+
+# 2. zero off the mask: the probe inside ``fit`` checks it after every batch ---------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_saved_file_is_plain_and_zero_off_the_mask(name: str, tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="end", save_on_train_epoch_end=True)
+    result = fit([METHODS[name](), saver], enable_checkpointing=True)
+    file = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    bare = TinyModel()
+    bare.load_state_dict(file["state_dict"], strict=True)
+    assert list(file["state_dict"]) == list(TinyModel().state_dict())
+    zeros = 0
+    for key, mask in result.masks.items():
+        assert not file["state_dict"][key][~mask].any()
+        zeros += int((~mask).sum())
+    assert zeros > 0
+    moved = TinyModel.load_from_checkpoint(tmp_path / "end.ckpt")
+    for key, mask in result.masks.items():
+        assert not moved.state_dict()[key][~mask].any()
+
+
+# 3. bit-exact resume --------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("step", [8, 12, 16])  # the end of an epoch, mid-epoch, the end of one
+@pytest.mark.parametrize("name", METHODS)
+def test_resume_equals_not_stopping(name: str, step: int, tmp_path: Path) -> None:
+    def run(**kwargs: Any) -> Result:
+        saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+        return fit([METHODS[name](), saver], enable_checkpointing=True, **kwargs)
+
+    whole = run()
+    # another seed: nothing may depend on where the second process starts
+    rest = run(ckpt_path=str(tmp_path / f"step={step}.ckpt"), seed=77)
+    rest.assert_equal(whole)
+    assert len(rest.history) == 24 - step
+    assert rest.history == whole.history[step:]
+
+
+# 4. density 1 is no callback ------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_density_one_is_bit_identical_to_no_callback(name: str) -> None:
+    with_callback = fit([METHODS[name](1.0)])
+    without = fit([])
+    assert all(mask.all() for mask in with_callback.masks.values())
+    with_callback.masks = {}
+    with_callback.assert_equal(without)
+
+
+# 5. bad input ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("density", "error"),
+    [
+        (0, ValueError),
+        (0.0, ValueError),
+        (1.5, ValueError),
+        (-0.1, ValueError),
+        (math.nan, ValueError),
+        (math.inf, ValueError),
+        ("0.1", TypeError),
+        (True, TypeError),
+        ([0.1], TypeError),
+    ],
+)
+def test_bad_density(name: str, density: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=rf"^{name}\(density=.*density"):
+        METHODS[name](density)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        ({"include": "net.9"}, ValueError, r"include='net.9' names no parameter"),
+        ({"include": "nothing.*"}, ValueError, r"include='nothing\.\*' names no parameter"),
+        ({"exclude": "net.99"}, ValueError, r"exclude='net.99' names no parameter"),
+        ({"include": lambda candidate: False}, ValueError, "leaves no parameter"),
+        ({"exclude": "*"}, ValueError, "leaves no parameter"),
+        ({"include": 3}, TypeError, "must be a parameter name"),
+        ({"structure": Block(3, 3)}, ValueError, r"net.0.weight: Block\(.*does not divide"),
+        ({"distribution": {"net.0": 0.1}}, ValueError, "net.5.weight"),
+    ],
+)
+def test_what_does_not_fit_the_model(
+    name: str, bad: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        fit([METHODS[name](0.5, **bad)])
+    assert str(caught.value).startswith(name) or "distribution" in bad
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_failed_start_leaves_the_model_as_it_was(name: str) -> None:
+    torch.manual_seed(3)
+    models = []
+
+    def make() -> TinyModel:
+        models.append(TinyModel(tiny_net()))
+        return models[-1]
+
+    with pytest.raises(ValueError, match="names no parameter"):
+        fit([METHODS[name](include="nothing")], make)
+    untouched = fit([], max_epochs=0)
+    for key, value in models[-1].state_dict().items():
+        assert torch.equal(value, untouched.model.state_dict()[key])
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        ({"structure": "rows"}, TypeError, "structure"),
+        ({"seed": 1.5}, TypeError, "seed"),
+        ({"distribution": 3}, TypeError, "distribution"),
+        ({"structure": NM(2, 4)}, ValueError, "pattern fixes"),
+    ],
+)
+def test_bad_arguments(
+    name: str, bad: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=rf"^{name}.*{message}"):
+        METHODS[name](0.3, **bad)
+
+
+@pytest.mark.parametrize("name", FULL_MATRIX)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"update_interval": 0},
+        {"update_interval": -5},
+        {"update_interval": 2.5},
+        {"update_interval": "step"},
+        {"update_start": -1},
+        {"update_start": 1.5},
+        {"update_end": math.nan},
+        {"update_end": 1},
+        {"update_end": 0.1, "update_start": 0.5},
+        {"update_end": "end"},
+    ],
+)
+def test_bad_windows(name: str, bad: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, TypeError), match=rf"^{name}: update_"):
+        METHODS[name](**bad)
+
+
+@pytest.mark.parametrize("name", UPDATERS)
+def test_density_is_needed(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}\(density=None\).*density=0.1"):
+        fit([METHODS[name](None)])
+
+
+def test_keeper_is_last_and_single() -> None:
+    result = fit([METHODS["RigL"](include="net.5"), METHODS["SET"](include="net.7")])
+    keepers = [c for c in result.trainer.callbacks if isinstance(c, MaskKeeper)]
+    assert len(keepers) == 1
+    assert result.trainer.callbacks[-1] is keepers[0]
+    assert keepers[0].masks is None, "nothing of ours is left after fit"
+
