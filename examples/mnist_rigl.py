@@ -7,17 +7,12 @@ Put the four files of the data set, as they are published, into one directory
 
 import argparse
 import gzip
+from functools import partial
 from math import prod
 from pathlib import Path
 
 import torch
-from lightning.pytorch import (
-    Callback,
-    LightningDataModule,
-    LightningModule,
-    Trainer,
-    seed_everything,
-)
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
@@ -27,12 +22,12 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_sparsity import GMP, SET, DensityMonitor, Magnitude, RigL, StaticSparse
 
 METHODS = {
-    "rigl": lambda density: [RigL(density=density)],
-    "set": lambda density: [SET(density=density)],
-    "static": lambda density: [StaticSparse(density=density)],
-    "gmp": lambda density: [GMP(density=density)],
-    "magnitude": lambda density: [Magnitude(density=density, at=0.5)],
-    "dense": lambda density: [],
+    "rigl": RigL,
+    "set": SET,
+    "static": StaticSparse,
+    "gmp": GMP,
+    "magnitude": partial(Magnitude, at=0.5),
+    "dense": None,
 }
 
 
@@ -67,7 +62,7 @@ def read_idx(path: Path) -> Tensor:
     dimensions, start = content[3], 4 + 4 * content[3]
     if len(content) < start:
         raise ValueError(f"{path}: ends inside its header; download it again.")
-    shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i]) for i in range(dimensions)]
+    shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
     if len(content) - start != prod(shape):
         raise ValueError(
             f"{path}: holds {len(content) - start} bytes of data, and its header promises "
@@ -185,9 +180,8 @@ def main() -> None:
 
     seed_everything(args.seed)
     model = LeNet300()
-    sparse: list[Callback] = METHODS[args.method](args.density)
-    if sparse:
-        sparse.append(DensityMonitor())
+    method = METHODS[args.method]
+    sparse = [method(density=args.density), DensityMonitor()] if method else []
     trainer = Trainer(
         max_epochs=args.epochs,
         logger=TensorBoardLogger(args.output, name="tensorboard", version=run),
@@ -200,7 +194,8 @@ def main() -> None:
     trainer.test(model, data)
 
     weights = [p for name, p in model.named_parameters() if name.endswith("weight")]
-    live, total = (sum(f(w) for w in weights) for f in (torch.count_nonzero, torch.numel))
+    live = sum(int(w.count_nonzero()) for w in weights)
+    total = sum(w.numel() for w in weights)
     print(f"{run}: {live} of {total} weights are not zero: density {live / total:.4f}")
 
 

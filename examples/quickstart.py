@@ -125,6 +125,7 @@ def make_trainer(args: argparse.Namespace, run: str, *callbacks: Callback) -> Tr
         logger=TensorBoardLogger(args.output, name="tensorboard", version=run),
         callbacks=[sparse, DensityMonitor(), last, *callbacks],
         enable_progress_bar=False,
+        enable_model_summary=False,
         log_every_n_steps=10,
     )
 

@@ -9,6 +9,10 @@ unstructured.
 Four do not give the requested total: :class:`epsilon` and :class:`per_layer`, from which
 the total follows (:func:`fixes_total`), :func:`fan_in`, which rounds per neuron, and
 :class:`keep_dense`, whose dense layers come on top.
+
+To split units that are to grow, pass layers with inverted masks. No layer need grow then:
+:class:`global_by` with ``min_per_layer=0`` and :func:`apportion` with ``floor=0`` do without
+the one unit per layer.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_sparsity.core.apportion import apportion, check_total, fill
 from lightning_sparsity.core.layer import Distribution, Layer, Layers, Score
 from lightning_sparsity.ops.selection import top_k_counts
 from lightning_sparsity.scores import needs_gradient, without_gradient
@@ -42,7 +47,7 @@ def uniform(layers: Layers, total: int) -> list[int]:
 
 @without_gradient
 def uniform_plus(layers: Layers, total: int) -> list[int]:
-    """Uniform, but gentle at both ends (Gale et al., 2019, Sec. 5).
+    """Uniform, but gentle at both ends (Gale et al., 2019).
 
     The first layer stays dense if it is a convolution. All others have the same density,
     unless that leaves the last two-dimensional weight less than a fifth of its units: then
@@ -58,14 +63,14 @@ def uniform_plus(layers: Layers, total: int) -> list[int]:
         [36, 20, 40]
     """
     ends = {0: layers[0].live} if layers and layers[0].weight.ndim > 2 else {}
-    counts = _around(ends, uniform, layers, total, "uniform_plus")
+    counts = _charge(ends, uniform, layers, total, "uniform_plus")
     last = max((i for i, layer in enumerate(layers) if layer.weight.ndim == 2), default=None)
     if last is None:
         return counts
     fifth = min(-(-layers[last].size // 5), layers[last].live)
     if counts[last] >= fifth:
         return counts
-    return _around({**ends, last: fifth}, uniform, layers, total, "uniform_plus")
+    return _charge({**ends, last: fifth}, uniform, layers, total, "uniform_plus")
 
 
 @without_gradient
@@ -130,14 +135,14 @@ class erk_power:
 
 @dataclass(frozen=True)
 class epsilon:
-    r"""SET's own sparsity control (Mocanu et al., 2018, Eq. 3).
+    r"""SET's own sparsity control (Mocanu et al., 2018).
 
     Each layer gets the density
     :math:`\varepsilon (n_{in} + n_{out}) / (n_{in} n_{out})`, at most 1: some
     :math:`\varepsilon (n_{in} + n_{out})` links. The requested total is ignored.
 
     Args:
-        value: :math:`\varepsilon`, above 0; 20 in the paper's image classifiers.
+        value: :math:`\varepsilon`, above 0; 20 in the paper's CIFAR-10 network.
 
     Raises:
         ValueError: If ``value`` is not a number above 0.
@@ -244,7 +249,7 @@ class global_by:
     def __call__(self, layers: Layers, total: int) -> list[int]:
         """Live units per layer."""
         floors = [min(self.min_per_layer, layer.live) for layer in layers]
-        _check_total(total, floors, [layer.live for layer in layers])
+        check_total(total, floors, [layer.live for layer in layers])
         scores = [layer.reduce(self.score(layer)) for layer in layers]
         lifted: dict[int, int] = {}
         while True:
@@ -263,7 +268,7 @@ class global_by:
 
 @without_gradient
 def lamp_score(layer: Layer) -> Tensor:
-    r"""Layer-adaptive magnitude (Lee et al., 2021, Eq. 4).
+    r"""Layer-adaptive magnitude (Lee et al., 2021).
 
     :math:`w_u^2 / \sum_{v:\, w_v^2 \ge w_u^2} w_v^2` over the live weights of the layer;
     0 for the others. Of weights with equal magnitude the first counts as the largest, so
@@ -305,7 +310,7 @@ class per_layer:
     Raises:
         TypeError: If a pattern is not a string.
         ValueError: If there is no pattern, or a density lies outside (0, 1]; on a call, if
-            a layer or a pattern is left without a match, or a layer has too few live units.
+            no pattern matches a layer, or a layer has too few live units.
 
     Example:
         >>> from lightning_sparsity.core.layer import dense_layers
@@ -329,10 +334,15 @@ class per_layer:
                 )
         object.__setattr__(self, "densities", tuple(densities.items()))
 
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns, each of which should match a layer of the model."""
+        return tuple(dict(self.densities))
+
     def __call__(self, layers: Layers, total: int) -> list[int]:
         """Live units per layer, whatever the ``total``."""
         densities = dict(self.densities)
-        matches = _match(self, tuple(densities), layers)
+        matches = _match(tuple(densities), layers)
         counts = []
         for layer, patterns in zip(layers, matches, strict=True):
             if not patterns:
@@ -364,8 +374,8 @@ class keep_dense:
 
     Raises:
         TypeError: If ``distribution`` cannot be called, or a pattern is not a string.
-        ValueError: If there is no pattern; on a call, if a pattern matches no layer, or
-            ``total`` does not pay for the dense layers.
+        ValueError: If there is no pattern; on a call, if ``total`` does not pay for the
+            dense layers.
 
     Example:
         >>> from lightning_sparsity.core.layer import dense_layers
@@ -391,6 +401,11 @@ class keep_dense:
         return f"keep_dense({_name(self.distribution)}, {self.layers}, charge={self.charge})"
 
     @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns, each of which should match a layer of the model."""
+        return (*self.layers, *getattr(self.distribution, "patterns", ()))
+
+    @property
     def needs_gradient(self) -> bool:
         """Whether the other distribution reads gradients."""
         return needs_gradient(self.distribution)
@@ -402,13 +417,24 @@ class keep_dense:
 
     def __call__(self, layers: Layers, total: int) -> list[int]:
         """Live units per layer."""
-        matches = _match(self, self.layers, layers)
+        matches = _match(self.layers, layers)
         dense = {i: layers[i].live for i, patterns in enumerate(matches) if patterns}
-        if not self.charge:
-            size = sum(layer.size for layer in layers)
-            others = size - sum(layers[i].size for i in dense)
-            total = round(total * others / size) + sum(dense.values())
-        return _around(dense, self.distribution, layers, total, str(self))
+        if self.charge:
+            return _charge(dense, self.distribution, layers, total, str(self))
+        size = sum(layer.size for layer in layers)
+        others = size - sum(layers[i].size for i in dense)
+        return _around(dense, self.distribution, layers, round(total * others / size))
+
+
+def unmatched(distribution: Distribution, names: Sequence[str]) -> list[str]:
+    """The patterns of a distribution that match none of the layers' names: typing errors.
+
+    Example:
+        >>> unmatched(per_layer({"fc1": 1.0, "fx*": 0.1}), ["fc1", "fc2"])
+        ['fx*']
+    """
+    patterns = getattr(distribution, "patterns", ())
+    return [p for p in patterns if not any(fnmatchcase(name, p) for name in names)]
 
 
 def fixes_total(distribution: Distribution) -> bool:
@@ -421,92 +447,6 @@ def fixes_total(distribution: Distribution) -> bool:
     return bool(getattr(distribution, "fixes_total", False))
 
 
-def fill(raw: Sequence[float], capacity: Sequence[int], total: float) -> list[float]:
-    r"""Split ``total`` in proportion to ``raw``, none above its capacity.
-
-    Water filling: :math:`c_l = \min(capacity_l, \varepsilon \, raw_l)` with the
-    :math:`\varepsilon` for which the counts add up. What does not fit into one layer goes
-    to the others in proportion; this is where the official ERK loop ends.
-
-    Args:
-        raw: Weight of each layer, at least 0; a layer with 0 gets nothing.
-        capacity: Most that each layer can take.
-        total: What is to be split; if it exceeds the capacities, each layer is full.
-
-    Returns:
-        Real-valued counts.
-
-    Raises:
-        ValueError: If a value of ``raw`` is negative, infinite or NaN.
-
-    Example:
-        >>> fill([1, 1, 2], [10, 2, 10], 10)
-        [2.6666666666666665, 2.0, 5.333333333333333]
-    """
-    if not all(0 <= value < math.inf for value in raw):
-        raise ValueError(f"fill: raw must hold finite numbers >= 0, not {list(raw)}.")
-    counts = [0.0] * len(raw)
-    open_ = [i for i, value in enumerate(raw) if value > 0]
-    left = total
-    while open_:
-        weight = math.fsum(raw[i] for i in open_)
-        shares = {i: left * raw[i] / weight for i in open_}
-        full = [i for i in open_ if shares[i] >= capacity[i]]
-        for i in open_:
-            counts[i] = min(shares[i], float(capacity[i]))
-        if not full:
-            break
-        left -= sum(capacity[i] for i in full)
-        open_ = [i for i in open_ if i not in full]
-    return counts
-
-
-def apportion(
-    ideal: Sequence[float], capacity: Sequence[int], total: int, floor: int = 1
-) -> list[int]:
-    """Round ideal counts to integers that add up to ``total``: largest remainder.
-
-    Every count stays between ``floor`` (or the capacity, if that is less) and its
-    capacity. Of equal remainders (to a billionth) the earlier layer gets the unit.
-
-    Args:
-        ideal: Real-valued counts, which should add up to ``total``, as from :func:`fill`.
-        capacity: Most that each layer can take.
-        total: What the counts add up to.
-        floor: Least that each layer gets.
-
-    Returns:
-        Counts per layer.
-
-    Raises:
-        ValueError: If ``total`` exceeds the capacities, or is less than the floors.
-
-    Example:
-        >>> apportion([2.5, 7.5], [5, 15], 10)
-        [3, 7]
-        >>> apportion([0.1, 0.1, 4.8], [5, 5, 5], 5)
-        [1, 1, 3]
-    """
-    floors = [min(floor, most) for most in capacity]
-    _check_total(total, floors, capacity)
-    ideal = [round(value, 9) for value in ideal]
-    counts = [
-        min(max(math.floor(value), least), most)
-        for value, least, most in zip(ideal, floors, capacity, strict=True)
-    ]
-    while missing := total - sum(counts):
-        unit = 1 if missing > 0 else -1
-        over = [round(count - value, 9) for count, value in zip(counts, ideal, strict=True)]
-        # The earlier layer is the first to get a unit and the last to lose one.
-        movable = [
-            i for i in range(len(counts))[::unit] if floors[i] <= counts[i] + unit <= capacity[i]
-        ]
-        movable.sort(key=over.__getitem__, reverse=unit < 0)
-        for i in movable[: abs(missing)]:
-            counts[i] += unit
-    return counts
-
-
 def _split(raw: Sequence[float], layers: Layers, total: int) -> list[int]:
     """Split ``total`` over the live units in proportion to ``raw``."""
     capacity = [layer.live for layer in layers]
@@ -514,12 +454,21 @@ def _split(raw: Sequence[float], layers: Layers, total: int) -> list[int]:
 
 
 def _around(
+    given: Mapping[int, int], distribution: Distribution, layers: Layers, total: int
+) -> list[int]:
+    """The ``given`` counts, by position; ``total`` is split over the other layers."""
+    rest = [i for i in range(len(layers)) if i not in given]
+    others = distribution([layers[i] for i in rest], total)
+    counts = {**given, **dict(zip(rest, others, strict=True))}
+    return [counts[i] for i in range(len(layers))]
+
+
+def _charge(
     given: Mapping[int, int], distribution: Distribution, layers: Layers, total: int, name: str
 ) -> list[int]:
-    """The ``given`` counts, by position, and the rest of ``total`` split over the other layers."""
-    rest = [i for i in range(len(layers)) if i not in given]
+    """As :func:`_around`, with the ``given`` counts paid from ``total``."""
     paid = sum(given.values())
-    least = paid + sum(layers[i].live > 0 for i in rest)
+    least = paid + sum(layer.live > 0 for i, layer in enumerate(layers) if i not in given)
     if given and total < least and not fixes_total(distribution):
         names = ", ".join(layers[i].name for i in given)
         density = least / sum(layer.size for layer in layers)
@@ -528,25 +477,7 @@ def _around(
             f"layer needs one. The largest sparsity is {1 - density:.4g} (density {density:.4g}); "
             "ask for a higher density or keep fewer layers dense."
         )
-    others = distribution([layers[i] for i in rest], total - paid)
-    counts = {**given, **dict(zip(rest, others, strict=True))}
-    return [counts[i] for i in range(len(layers))]
-
-
-def _check_total(total: int, least: Sequence[int], most: Sequence[int]) -> None:
-    """Raise unless ``total`` lies between the sums of what layers need and can take."""
-    needed, there = sum(least), sum(most)
-    if total > there:
-        raise ValueError(
-            f"cannot place {total} live units: the {len(most)} layers can take {there} in all, "
-            "which is the largest total; lower the density."
-        )
-    if total < needed:
-        raise ValueError(
-            f"{total} live units are too few for {len(least)} layers, none of which may die: the "
-            f"smallest total is {needed} of {there} (density {needed / max(there, 1):.4g}); raise "
-            "the density, or leave layers out with exclude=."
-        )
+    return _around(given, distribution, layers, total - paid)
 
 
 def _dims(layer: Layer) -> tuple[int, ...]:
@@ -561,16 +492,9 @@ def _er(layer: Layer) -> float:
     return (outputs + inputs) / (outputs * inputs)
 
 
-def _match(distribution: object, patterns: Sequence[str], layers: Layers) -> list[list[str]]:
-    """The patterns that match each layer, in order; raise if one matches none."""
-    matches = [[p for p in patterns if fnmatchcase(layer.name, p)] for layer in layers]
-    for pattern in patterns:
-        if not any(pattern in matched for matched in matches):
-            raise ValueError(
-                f"{distribution}: {pattern!r} matches no layer; the sparse layers are "
-                f"{', '.join(layer.name for layer in layers)}."
-            )
-    return matches
+def _match(patterns: Sequence[str], layers: Layers) -> list[list[str]]:
+    """The patterns that match each layer, in order."""
+    return [[p for p in patterns if fnmatchcase(layer.name, p)] for layer in layers]
 
 
 def _check_patterns(distribution: object, patterns: tuple[str, ...]) -> None:

@@ -41,9 +41,7 @@ class drop:
     @property
     def needs_gradient(self) -> bool:
         """Whether the score or the share reads gradients."""
-        return needs_gradient(self.score) or (
-            self.share is not None and needs_gradient(self.share)
-        )
+        return needs_gradient(self.score) or (self.share is not None and needs_gradient(self.share))
 
     def fraction_at(self, progress: float) -> float | None:
         """The fraction to drop at ``progress``; None if the budget decides."""
@@ -66,14 +64,16 @@ class drop:
         if fraction is None:
             keep = [min(layer.live, count) for layer, count in zip(layers, budget, strict=True)]
         else:
-            keep = [self._survivors(layer.live, fraction) for layer in layers]
+            keep = [self._survivors(layer, fraction) for layer in layers]
         if self.share is not None:
             keep = self.share(layers, sum(keep))
         return [self._drop(*pair) for pair in zip(layers, keep, strict=True)]
 
-    def _survivors(self, live: int, fraction: float) -> int:
-        # float(str(...)) would hide it: 0.3 * 10 is 3.0000000000000004 only for ceil
-        dropped = self.rounding(round(fraction * live, 9))
+    def _survivors(self, layer: Layer, fraction: float) -> int:
+        if layer.live == layer.size and self.share is None:
+            return layer.live  # full: what it loses would only grow back
+        live = layer.live
+        dropped = self.rounding(round(fraction * live, 9))  # 0.3 * 10 is not 3.0000000000000004
         return live - min(dropped, max(live - 1, 0))
 
     def _drop(self, layer: Layer, keep: int) -> Layer:
@@ -99,8 +99,9 @@ class grow:
 
     Args:
         score: Ranks the free units; the highest grow.
-        share: How the units to grow are split over the layers; None: each layer
-            grows to its own budget. With a share the budget's sum counts.
+        share: How the units to grow are split over the layers, such as
+            ``global_by(gradient, min_per_layer=0)``; None: each layer grows to its own
+            budget. With a share the budget's sum counts.
         start: Standard deviation of the normal distribution from which the weights
             that come alive are drawn; 0: they start at zero.
     """
@@ -112,9 +113,7 @@ class grow:
     @property
     def needs_gradient(self) -> bool:
         """Whether the score or the share reads gradients."""
-        return needs_gradient(self.score) or (
-            self.share is not None and needs_gradient(self.share)
-        )
+        return needs_gradient(self.score) or (self.share is not None and needs_gradient(self.share))
 
     def __call__(self, layers: Layers, budget: Budget, progress: float) -> Layers:
         """Grow units.
@@ -133,8 +132,9 @@ class grow:
             if self.share is None:
                 room = [n - layer.live for layer, n in zip(layers, budget, strict=True)]
             else:
+                total = sum(budget) - sum(layer.live for layer in layers)
                 free = [dataclasses.replace(layer, mask=~layer.mask) for layer in layers]
-                room = self.share(free, sum(budget) - sum(layer.live for layer in layers))
+                room = self.share(free, total) if total > 0 else [0] * len(layers)
             grown = [self._grow(*pair) for pair in zip(layers, room, strict=True)]
         if self.start:
             grown = [self._fill(old, new) for old, new in zip(layers, grown, strict=True)]
@@ -212,7 +212,7 @@ def rescale_to_fan_in(layers: Layers, budget: Budget, progress: float) -> Layers
     """
     return [
         dataclasses.replace(
-            layer, weight=layer.weight * _per_output(layer, lambda total, live: (total / live) ** 0.5)
+            layer, weight=layer.weight * _per_output(layer, lambda n, live: (n / live) ** 0.5)
         )
         for layer in layers
     ]

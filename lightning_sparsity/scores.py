@@ -45,7 +45,7 @@ def gradient(layer: Layer) -> Tensor:
 
 
 def saliency(layer: Layer) -> Tensor:
-    r""":math:`|w \cdot \nabla L|`, the first-order change of the loss (Mozer and Smolensky, 1989)."""
+    r""":math:`|w \cdot \nabla L|`, first-order change of the loss (Mozer and Smolensky, 1989)."""
     return (layer.weight * _grad(layer, "saliency")).abs_()
 
 
@@ -61,7 +61,7 @@ def random(layer: Layer) -> Tensor:
 
 
 @dataclass(frozen=True)
-class slot:  # noqa: N801 - reads as the call it repeats
+class slot:
     """Absolute value of one of the method's own tensors.
 
     Args:

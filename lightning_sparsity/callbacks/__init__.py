@@ -1,0 +1,1 @@
+"""Callbacks: one method, one file."""

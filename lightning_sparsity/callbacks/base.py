@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -10,12 +9,13 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from lightning_sparsity.core.apportion import apportion
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.keeper import MaskKeeper
-from lightning_sparsity.core.layer import Distribution, Layer, Layers, Rule, Schedule
+from lightning_sparsity.core.layer import Distribution, Layers, Rule, Schedule
 from lightning_sparsity.core.method import Observe, Role, Share
 from lightning_sparsity.core.window import Window
-from lightning_sparsity.distributions import apportion, fixes_total, per_layer
+from lightning_sparsity.distributions import fixes_total, per_layer, unmatched
 from lightning_sparsity.rules import chain, drop, find, grow
 from lightning_sparsity.scores import magnitude, random
 from lightning_sparsity.structures import NM, Structure
@@ -140,6 +140,12 @@ class MaskCallback(SparsityCallback):
         Raises:
             ValueError: If nothing says what the density should be.
         """
+        names = [layer.name for layers in groups for layer in layers]
+        if typos := unmatched(self._distribution, names):
+            raise ValueError(
+                f"{self._name}(distribution={self._distribution!r}): {typos[0]!r} matches no "
+                f"sparse layer; they are {', '.join(names)}."
+            )
         if found and (self.ramps or (self.density is None and self.distribution is None)):
             return list(groups)
         if self.density is None and not found and not fixes_total(self._distribution):
@@ -196,7 +202,7 @@ class MaskCallback(SparsityCallback):
     def _budget(
         self, layers: Layers, density: float, total: int, like: Mapping[str, int] | None
     ) -> list[int]:
-        """Live units per layer: ``total`` split by the distribution, or in proportion to ``like``."""
+        """Live units per layer: ``total`` by the distribution, or in proportion to ``like``."""
         structure = layers[0].structure
         if isinstance(structure, NM):
             per_group = max(1, math.ceil(round(density * structure.m, 9)))
@@ -205,7 +211,7 @@ class MaskCallback(SparsityCallback):
             full = [layer.units.new_ones(layer.size) for layer in layers]
             layers = [layer.with_units(units) for layer, units in zip(layers, full, strict=True)]
         if like is None:
-            return self._distribution(layers, total)
+            return list(self._named(self._distribution, layers, total))
         scale = total / sum(like[layer.name] for layer in layers)
         ideal = [like[layer.name] * scale for layer in layers]
         return apportion(ideal, [layer.live for layer in layers], total)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,75 +12,19 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sparsity.core.layer import Layers
+from lightning_sparsity.core import state
+from lightning_sparsity.core.layer import Layer, Layers
 from lightning_sparsity.core.masks import Masks
-from lightning_sparsity.core.method import Method, Share
-from lightning_sparsity.core.parameter import SparseParameter
-from lightning_sparsity.core.plan import Assignment, assign, check_windows, owner_of
-from lightning_sparsity.core.randomness import default_seed, generator, rng_state, set_rng_state
-from lightning_sparsity.core.window import Steps
-from lightning_sparsity.ops.packing import pack, unpack
+from lightning_sparsity.core.method import Share
+from lightning_sparsity.core.plan import Assignment, assign, check_windows
+from lightning_sparsity.core.randomness import default_seed, generator, set_rng_state
+from lightning_sparsity.core.run import Owner, Run, by_optimizer
 from lightning_sparsity.ops.selection import NonFiniteScoreError
 from lightning_sparsity.scores import needs_gradient
 
-# With these optimizers a weight whose value, gradient and state are zero stays zero, so
-# masking the gradient is enough between updates. Every other one is masked after each step.
-_ZERO_STAYS_ZERO = (
-    torch.optim.SGD,
-    torch.optim.Adam,
-    torch.optim.AdamW,
-    torch.optim.Adamax,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.RMSprop,
-    torch.optim.Adadelta,
-)
 _REFUSED_STRATEGIES = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
-
-
-@dataclass(eq=False)
-class _Owner:
-    """The sparse parameters that one optimizer steps, and its count of real steps."""
-
-    optimizer: Optimizer | None
-    parameters: list[SparseParameter]
-    steps: int = 0
-    masked: bool = False
-    kept: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class _Run:
-    """One method at work on the parameters of one optimizer."""
-
-    key: str
-    method: Method
-    owner: _Owner
-    names: list[str]
-    steps: Steps | None = None
-    share: Share | None = None
-    updates: int = 0
-    pending: bool = False
-    last_epoch: int = -1
-
-    def due(self, ending: int | None, total: float, ahead: int = 0) -> bool:
-        """Whether an update follows the owner's latest real step, or one ``ahead``.
-
-        Args:
-            ending: The epoch of which this is the last batch, if it is.
-            total: Optimizer steps in the whole training.
-            ahead: Steps that are still to come.
-        """
-        step = self.owner.steps + ahead
-        if self.method.rule is None or self.steps is None or self.owner.optimizer is None:
-            return False
-        if not self.method.ramps and step >= total:
-            return False
-        last_of_epoch = ending is not None and ending != self.last_epoch
-        return self.pending or self.steps.due(step, last_of_epoch)
 
 
 class MaskKeeper(Callback):
@@ -89,6 +33,9 @@ class MaskKeeper(Callback):
     It masks gradients before the optimizer steps, runs the due rules right after a real
     step, commits what they return, and saves all state under plain parameter names.
 
+    When masks are ready, before the first step, it calls
+    ``on_masks_ready(trainer, pl_module, keeper)`` on every callback that has it.
+
     Attributes:
         masks: Masks of the model being fitted; None outside ``fit``.
     """
@@ -96,11 +43,11 @@ class MaskKeeper(Callback):
     def __init__(self) -> None:
         self.masks: Masks | None = None
         self._assignments: list[Assignment] = []
-        self._owners: list[_Owner] = []
-        self._runs: list[_Run] = []
+        self._owners: list[Owner] = []
+        self._runs: list[Run] = []
         self._handles: list[Any] = []
         self._restored: dict[str, Any] = {}
-        self._model: Callable[[], pl.LightningModule | None] = lambda: None
+        self._model: Callable[[], pl.LightningModule | None] = _nobody
         self._trainer: pl.Trainer | None = None
         self._seed = 0
         self._total = float("inf")
@@ -111,7 +58,7 @@ class MaskKeeper(Callback):
     @classmethod
     def of(cls, trainer: pl.Trainer) -> MaskKeeper | None:
         """The keeper of a Trainer, if a sparsity callback has added one."""
-        return next((c for c in trainer.callbacks if isinstance(c, cls)), None)
+        return next((c for c in _callbacks(trainer) if isinstance(c, cls)), None)
 
     @classmethod
     def ensure(cls, trainer: pl.Trainer) -> MaskKeeper:
@@ -119,10 +66,15 @@ class MaskKeeper(Callback):
         keeper = cls.of(trainer)
         if keeper is None:
             keeper = cls()
-            saving = [isinstance(c, Checkpoint) for c in trainer.callbacks]
+            saving = [isinstance(c, Checkpoint) for c in _callbacks(trainer)]
             place = saving.index(True) if any(saving) else len(saving)
-            trainer.callbacks.insert(place, keeper)
+            _callbacks(trainer).insert(place, keeper)
         return keeper
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """Every method at work, once per optimizer; read only."""
+        return tuple(self._runs)
 
     # ------------------------------------------------------------------ start and end
 
@@ -136,34 +88,35 @@ class MaskKeeper(Callback):
         _refuse(trainer)
         if rng := self._restored.pop("rng", None):
             set_rng_state(rng)
-        self._assignments, parameters = assign(pl_module, trainer.callbacks)
-        self._owners = _by_optimizer(parameters, trainer.optimizers)
+        self._assignments, parameters = assign(pl_module, _callbacks(trainer))
+        self._owners = by_optimizer(parameters, trainer.optimizers)
         self._runs = [
-            _Run(a.key, a.method, owner, names)
+            Run(a.key, a.method, owner, names)
             for a in self._assignments
             for owner in self._owners
             if (names := [p.name for p in owner.parameters if p.name in a.names])
         ]
         self._gradients_stay_masked = _only_we_touch_gradients(pl_module)
-        for owner in self._owners:
-            if owner.optimizer is not None:
-                hook = owner.optimizer.register_step_post_hook(self._after_step)
-                self._handles.append(hook)
+        self._handles = [
+            owner.optimizer.register_step_post_hook(self._after_step)
+            for owner in self._owners
+            if owner.optimizer is not None
+        ]
         self.masks = Masks(parameters)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the masks, or make them, and set the weights to zero off them."""
         assert self.masks is not None
-        self._resolve_windows(trainer)
+        self._open_windows(trainer)
         if self._restored:
-            self._apply(self._restored)
+            self._restore(self._restored)
             self._restored = {}
         else:
             self._seed = int(trainer.strategy.broadcast(default_seed()))
             self._begin_all()
         for owner in self._owners:
             self.masks.enforce(owner.parameters, owner.optimizer)
-        for callback in trainer.callbacks:
+        for callback in _callbacks(trainer):
             if callable(announce := getattr(callback, "on_masks_ready", None)):
                 announce(trainer, pl_module, self)
 
@@ -187,7 +140,7 @@ class MaskKeeper(Callback):
         self._in_batch = False
         self._warned = set()
 
-    def _resolve_windows(self, trainer: pl.Trainer) -> None:
+    def _open_windows(self, trainer: pl.Trainer) -> None:
         total = trainer.estimated_stepping_batches
         self._total = float(total) if total > 0 else float("inf")
         windows = []
@@ -198,7 +151,7 @@ class MaskKeeper(Callback):
                 steps = a.method.window.resolve(self._total)
             except ValueError as error:
                 raise MisconfigurationException(f"{a.key}: {error}") from None
-            if not (steps.opens(self._total) or trainer.fast_dev_run):
+            if not steps.opens(self._total) and not _is_dev_run(trainer):
                 rank_zero_warn(
                     f"{a.key} makes no update: training has {self._total:g} optimizer steps, and "
                     f"its window is steps {steps.start} to {steps.end}, every {steps.every}. "
@@ -206,12 +159,16 @@ class MaskKeeper(Callback):
                 )
             windows.append((a.key, steps, frozenset(a.names)))
             for run in self._runs:
-                if run.key == a.key:
-                    run.steps = steps
+                run.steps = steps if run.key == a.key else run.steps
         check_windows(windows)
 
     def _begin_all(self) -> None:
-        """Begin every initial method, then the first updater on each parameter."""
+        """Begin every initial method, then the first updater on each parameter.
+
+        Nothing is written before all of them have succeeded.
+        """
+        assert self.masks is not None
+        layers = {layer.name: layer for run in self._runs for layer in self._layers(run)}
         made: set[str] = set()
         taken: set[str] = set()
         for a in self._assignments:
@@ -226,20 +183,24 @@ class MaskKeeper(Callback):
                     f"{min(names - made)}. Give the two sets of parameters to two callbacks, with "
                     "include= and exclude=."
                 )
-            self._begin([run for run in self._runs if run.key == a.key], found=names <= made)
+            self._begin([r for r in self._runs if r.key == a.key], layers, found=names <= made)
             made |= names
+        for owner in self._owners:
+            self.masks.commit([layers[p.name] for p in owner.parameters], owner.optimizer)
 
-    def _begin(self, runs: Sequence[_Run], found: bool) -> None:
-        assert self.masks is not None
-        groups = [self._layers(run) for run in runs]
+    def _begin(self, runs: Sequence[Run], layers: dict[str, Layer], found: bool) -> None:
+        """Let a method take over; ``layers`` are replaced by what it makes of them."""
+        groups = [
+            [dataclasses.replace(layers[fresh.name], generator=fresh.generator) for fresh in mine]
+            for mine in map(self._layers, runs)
+        ]
         sizes = tuple(sum(layer.size for layer in group) for group in groups)
         begun = runs[0].method.begin(groups, found)
-        for index, (run, layers) in enumerate(zip(runs, begun, strict=True)):
-            self.masks.commit(layers, run.owner.optimizer)
-            start = {layer.name: layer.live for layer in layers}
-            run.share = Share(sizes, index, start, found)
+        for index, (run, group) in enumerate(zip(runs, begun, strict=True)):
+            run.share = Share(sizes, index, {layer.name: layer.live for layer in group}, found)
+            layers |= {layer.name: layer for layer in group}
 
-    def _layers(self, run: _Run) -> Layers:
+    def _layers(self, run: Run) -> Layers:
         assert self.masks is not None
         seed = self._seed if run.method.seed is None else run.method.seed
         return [
@@ -257,7 +218,10 @@ class MaskKeeper(Callback):
         self._in_batch = True
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Optimizer steps outside a batch are not training."""
+        """Count the steps that were skipped; those outside a batch are not training."""
+        for owner in self._owners:
+            if owner.masked:
+                self._skip(owner)
         self._in_batch = False
 
     def on_before_optimizer_step(
@@ -267,40 +231,47 @@ class MaskKeeper(Callback):
         assert self.masks is not None
         owner = self._owner(optimizer)
         if owner is not None:
+            if owner.touched():
+                self.masks.enforce(owner.parameters)
             self._keep_gradients(owner, copy=True)
             self.masks.enforce_gradients(owner.parameters)
             owner.masked = True
 
-    def _keep_gradients(self, owner: _Owner, copy: bool) -> None:
+    def _keep_gradients(self, owner: Owner, copy: bool) -> None:
+        """Show dense gradients to the methods that observe, keep them for due updates."""
         assert self.masks is not None
         ending = self._ending_epoch()
-        owner.kept.clear()
-        for run in self._runs:
-            if run.owner is not owner:
-                continue
-            dense = {name: self.masks[name].parameter.grad for name in run.names}
-            due = run.due(ending, self._total, ahead=1)
-            if run.method.observe is not None:
-                owner.kept.update({k: g.detach() for k, g in dense.items() if g is not None})
+        dense = {
+            p.name: p.parameter.grad.detach()
+            for p in owner.parameters
+            if p.parameter.grad is not None
+        }
+        runs = [run for run in self._runs if run.owner is owner]
+        for run in runs:
+            if run.method.observe is not None and run.share is not None:
+                owner.kept = dense
                 for layer in self._layers(run):
                     if layer.grad is not None:
                         self.masks[layer.name].slots.update(run.method.observe(layer))
-                owner.kept.clear()
-            if due and needs_gradient(run.method.rule):
-                for name, grad in dense.items():
-                    if grad is not None:
-                        owner.kept[name] = grad.detach().clone() if copy else grad.detach()
+        wanted = {
+            name
+            for run in runs
+            if run.due(ending, self._total, ahead=1) and needs_gradient(run.method.rule)
+            for name in run.names
+        }
+        owner.kept = {
+            name: grad.clone() if copy else grad for name, grad in dense.items() if name in wanted
+        }
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Step post-hook: mask what the step wrote, then run the updates that are due."""
         owner = self._owner(optimizer)
-        if owner is None or not self._in_batch or not _stepped(owner):
+        if owner is None or not self._in_batch or not owner.stepped():
             return
         assert self.masks is not None
         if not owner.masked:  # a raw optimizer: its gradients are still dense
             self._keep_gradients(owner, copy=False)
-        zero_stays = owner.masked and self._gradients_stay_masked
-        if not (zero_stays and type(optimizer) in _ZERO_STAYS_ZERO and not _pre_hooks(optimizer)):
+        if not (owner.masked and self._gradients_stay_masked and owner.keeps_zeros()):
             self.masks.enforce(owner.parameters, optimizer)
         owner.steps += 1
         owner.masked = False
@@ -308,47 +279,59 @@ class MaskKeeper(Callback):
         for run in self._runs:
             if run.owner is owner and run.due(ending, self._total):
                 self._update(run)
-        owner.kept.clear()
+        owner.kept = {}
+        owner.remember()
 
-    def _update(self, run: _Run) -> None:
-        assert self.masks is not None and run.steps is not None
+    def _skip(self, owner: Owner) -> None:
+        """A step that a GradScaler or an empty loss took away: time passes, updates wait."""
+        ending = self._ending_epoch()
+        for run in self._runs:
+            if run.owner is owner:
+                run.pending |= run.due(ending, self._total, ahead=1)
+        owner.steps += 1
+        owner.masked = False
+        owner.kept = {}
+
+    def _update(self, run: Run) -> None:
+        assert self.masks is not None
+        run.updates += 1
+        layers = {layer.name: layer for layer in self._layers(run)}
         try:
             if run.share is None:
-                self._begin([run], found=True)
+                self._begin([run], layers, found=True)
             assert run.share is not None
-            run.updates += 1
-            layers = self._layers(run)
-            if needs_gradient(run.method.rule):
-                layers = self._with_gradient(run, layers)
-            progress = run.steps.progress(run.owner.steps)
-            changed = run.method.update(layers, run.share, progress) if layers else []
+            ready = self._with_gradient(run, list(layers.values()))
+            if ready:
+                changed = run.method.update(ready, run.share, run.progress)
+                layers |= {layer.name: layer for layer in changed}
         except NonFiniteScoreError as error:
-            run.updates -= run.share is not None
+            run.updates -= 1
             run.pending = True
             self._warn_once(
                 f"{run.key}: {error} The update waits for the next step with finite scores."
             )
             return
-        self.masks.commit(changed, run.owner.optimizer)
+        self.masks.commit(list(layers.values()), run.owner.optimizer)
         run.pending = False
         run.last_epoch = self._epoch()
 
-    def _with_gradient(self, run: _Run, layers: Layers) -> Layers:
-        there = [layer for layer in layers if layer.grad is not None]
-        if len(there) < len(layers):
-            missing = next(layer.name for layer in layers if layer.grad is None)
-            self._warn_once(
-                f"{run.key}: {missing} got no gradient in an update step and is left as it is."
-            )
-        return there
+    def _with_gradient(self, run: Run, layers: Layers) -> Layers:
+        if not needs_gradient(run.method.rule):
+            return layers
+        for layer in layers:
+            if layer.grad is None:
+                self._warn_once(
+                    f"{run.key}: {layer.name} got no gradient in an update step and is left as "
+                    "it is."
+                )
+        return [layer for layer in layers if layer.grad is not None]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """An epoch whose last batch made no real step owes its update to the next step."""
         for run in self._runs:
-            if run.steps is None or run.steps.every != "epoch":
-                continue
-            inside = max(run.steps.start, 1) <= run.owner.steps < run.steps.end
-            run.pending |= inside and run.last_epoch != trainer.current_epoch
+            if run.steps is not None and run.steps.every == "epoch":
+                inside = max(run.steps.start, 1) <= run.owner.steps < run.steps.end
+                run.pending |= inside and run.last_epoch != trainer.current_epoch
 
     # --------------------------------------------- copies of the weights made by others
 
@@ -357,8 +340,17 @@ class MaskKeeper(Callback):
         self._enforce_weights()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Mask weights that an averaging callback has put in place."""
+        """Mask weights that an averaging callback put in place; say what did not finish."""
         self._enforce_weights()
+        for run in self._runs:
+            if run.unfinished and run.steps and not _is_dev_run(trainer):
+                layers = self._layers(run)
+                density = sum(layer.live for layer in layers) / sum(layer.size for layer in layers)
+                self._warn_once(
+                    f"{run.key}: training ended at step {run.owner.steps}, before update_end "
+                    f"(step {run.steps.end}); the density is {density:.4g}, not "
+                    f"{run.method.density}."
+                )
 
     def _enforce_weights(self) -> None:
         if self.masks is not None:
@@ -384,76 +376,31 @@ class MaskKeeper(Callback):
         self._model = weakref.ref(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks packed to bits, slots, counters: tensors and plain Python only."""
+        """All that a resumed run needs; empty before masks exist."""
         if self.masks is None or not any(run.share for run in self._runs):
             return self._restored
-        return {
-            "version": 1,
-            "seed": self._seed,
-            "rng": rng_state(),
-            "steps": [owner.steps for owner in self._owners],
-            "methods": [_describe(a) for a in self._assignments],
-            "parameters": {
-                p.name: {
-                    "shape": tuple(p.parameter.shape),
-                    "structure": repr(p.structure),
-                    "mask": pack(p.mask).cpu(),
-                    "slots": {key: tensor.cpu() for key, tensor in p.slots.items()},
-                }
-                for p in self.masks
-            },
-            "runs": [_save_run(run) for run in self._runs],
-        }
+        return state.save(self.masks, self._assignments, self._owners, self._runs, self._seed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Only store: the state is compared and applied when training starts."""
         self._restored = dict(state_dict)
 
-    def _apply(self, state: dict[str, Any]) -> None:
+    def _restore(self, saved: dict[str, Any]) -> None:
         assert self.masks is not None
-        if differences := self._differences(state):
+        if found := state.differences(
+            saved, self.masks, self._assignments, self._owners, self._runs
+        ):
             raise MisconfigurationException(
                 "The checkpoint was made by another sparse training, and nothing was restored:\n  "
-                + "\n  ".join(differences)
+                + "\n  ".join(found)
                 + "\nUse the callbacks and the model it was made with, or load only its weights."
             )
-        self._seed = state["seed"]
-        for owner, steps in zip(self._owners, state["steps"], strict=True):
-            owner.steps = steps
-        for kept in self.masks:
-            saved = state["parameters"][kept.name]
-            device = kept.parameter.device
-            kept.set_mask(unpack(saved["mask"], saved["shape"]).to(device))
-            kept.slots = {key: tensor.to(device) for key, tensor in saved["slots"].items()}
-        for run, saved in zip(self._runs, state["runs"], strict=True):
-            _load_run(run, saved)
-
-    def _differences(self, state: dict[str, Any]) -> list[str]:
-        assert self.masks is not None
-        now = {p.name: (tuple(p.parameter.shape), repr(p.structure)) for p in self.masks}
-        then = {
-            name: (tuple(saved["shape"]), saved["structure"])
-            for name, saved in state["parameters"].items()
-        }
-        found = [
-            f"{name}: {then.get(name, 'absent')} in the checkpoint, {now.get(name, 'absent')} now"
-            for name in {**then, **now}
-            if then.get(name) != now.get(name)
-        ]
-        methods = [_describe(a) for a in self._assignments]
-        if methods != state["methods"]:
-            found.append(f"callbacks: {state['methods']} in the checkpoint, {methods} now")
-        if len(self._owners) != len(state["steps"]) or len(self._runs) != len(state["runs"]):
-            found.append(f"optimizers: {len(state['steps'])} then, {len(self._owners)} now")
-        return found
+        self._seed = saved["seed"]
+        state.restore(saved, self.masks, self._owners, self._runs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickles without the Trainer and the model."""
-        return {**MaskKeeper().__dict__, "_model": None, "_restored": self.state_dict()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Back from a pickle."""
-        self.__dict__.update(state, _model=lambda: None)
+        """Pickles its state, without the Trainer and the model."""
+        return {**MaskKeeper().__dict__, "_restored": self.state_dict()}
 
     # ------------------------------------------------------------------------ helpers
 
@@ -466,7 +413,7 @@ class MaskKeeper(Callback):
         assert self._trainer is not None
         return self._trainer.current_epoch if self._trainer.is_last_batch else None
 
-    def _owner(self, optimizer: Optimizer) -> _Owner | None:
+    def _owner(self, optimizer: Optimizer) -> Owner | None:
         return next((o for o in self._owners if o.optimizer is optimizer), None)
 
     def _warn_once(self, message: str) -> None:
@@ -475,17 +422,16 @@ class MaskKeeper(Callback):
             rank_zero_warn(message)
 
 
-def _by_optimizer(
-    parameters: Sequence[SparseParameter], optimizers: Sequence[Optimizer]
-) -> list[_Owner]:
-    """One owner per optimizer that steps a sparse parameter, and one for those of none."""
-    owned: dict[int | None, list[SparseParameter]] = {}
-    for parameter in parameters:
-        owned.setdefault(owner_of(parameter, optimizers), []).append(parameter)
-    return [
-        _Owner(None if index is None else optimizers[index], members)
-        for index, members in sorted(owned.items(), key=lambda i: (i[0] is None, i[0]))
-    ]
+def _nobody() -> None:
+    """Stands for a model that is gone."""
+
+
+def _callbacks(trainer: pl.Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
+
+
+def _is_dev_run(trainer: pl.Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
 def _refuse(trainer: pl.Trainer) -> None:
@@ -507,43 +453,3 @@ def _only_we_touch_gradients(module: pl.LightningModule) -> bool:
     """Whether no hook of the user's stands between our masking and the optimizer."""
     hooks = ("on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step")
     return all(getattr(type(module), h) is getattr(pl.LightningModule, h) for h in hooks)
-
-
-def _pre_hooks(optimizer: Optimizer) -> bool:
-    return bool(getattr(optimizer, "_optimizer_step_pre_hooks", None))
-
-
-def _stepped(owner: _Owner) -> bool:
-    """Whether a step that ended really changed the weights."""
-    found_inf = getattr(owner.optimizer, "found_inf", None)
-    if isinstance(found_inf, Tensor) and bool(found_inf.item()):
-        return False
-    return any(p.parameter.grad is not None for p in owner.parameters)
-
-
-def _describe(assignment: Assignment) -> dict[str, Any]:
-    density = assignment.method.density
-    return {"name": assignment.key, "density": density if density is None else float(density)}
-
-
-def _save_run(run: _Run) -> dict[str, Any]:
-    share = run.share
-    return {
-        "updates": run.updates,
-        "pending": run.pending,
-        "last_epoch": run.last_epoch,
-        "share": share
-        and {
-            "sizes": share.sizes,
-            "index": share.index,
-            "start": dict(share.start),
-            "found": share.found,
-        },
-    }
-
-
-def _load_run(run: _Run, saved: dict[str, Any]) -> None:
-    run.updates = saved["updates"]
-    run.pending = saved["pending"]
-    run.last_epoch = saved["last_epoch"]
-    run.share = saved["share"] and Share(**saved["share"])

@@ -99,8 +99,10 @@ class Masks:
     def enforce_gradients(self, parameters: Iterable[SparseParameter]) -> None:
         """Set gradients to zero off the masks."""
         sparse = [p for p in parameters if p.parameter.grad is not None and not p.is_dense]
-        apply_gate([p.parameter.grad for p in sparse if p.parameter.grad is not None],
-                   [p.gate for p in sparse])
+        apply_gate(
+            [p.parameter.grad for p in sparse if p.parameter.grad is not None],
+            [p.gate for p in sparse],
+        )
 
     def digest(self) -> str:
         """A short hash of all masks, equal exactly when the masks are."""

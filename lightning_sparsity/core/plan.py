@@ -9,7 +9,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
-from torch.optim import Optimizer
 
 from lightning_sparsity.core.filters import Candidate, candidates, select
 from lightning_sparsity.core.method import Method
@@ -80,15 +79,6 @@ def check_windows(windows: Sequence[tuple[str, Steps, frozenset[str]]]) -> None:
                     f"at a time: let {key} begin when {earlier} ends (update_start={before.end}), "
                     "or give them different parameters with include= and exclude=."
                 )
-
-
-def owner_of(parameter: SparseParameter, optimizers: Sequence[Optimizer]) -> int | None:
-    """Index of the first optimizer that steps ``parameter``, or None."""
-    for index, optimizer in enumerate(optimizers):
-        for group in optimizer.param_groups:
-            if any(parameter.parameter is p for p in group["params"]):
-                return index
-    return None
 
 
 def _keys(methods: Sequence[Method]) -> list[str]:

@@ -33,9 +33,10 @@ def is_time(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Window:
-    """Steps are counted per optimizer, from 1, and only when the optimizer really stepped.
+    """When updates run. Steps are counted per optimizer, from 1.
 
     Due at ``start <= t <= end`` with ``(t - start) % every == 0``, and always at ``end``.
+    A due update whose step is skipped (by a GradScaler, say) waits for the next.
 
     Args:
         every: Interval in optimizer steps, or "epoch": the last step of each epoch.

@@ -19,15 +19,16 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-_CHUNK = {"cpu": 2**19}
-"""Scores read at once, so that temporaries stay in the cache."""
+_CHUNK = {"cpu": 2**21}
+"""Scores read at once, by device: few enough that temporaries stay in the cache, and
+enough that threads seldom wait for each other."""
 
 _CHUNK_ELSEWHERE = 2**24
 
 _SAMPLE = 2**16
-"""Scores looked at to bracket the k-th largest."""
+"""At most so many scores, and a sixteenth of them, are looked at for a bracket."""
 
-_FEW = 2**17
+_FEW = 2**15
 """So many scores are ranked without a bracket."""
 
 _PAIRWISE = 16
@@ -71,12 +72,13 @@ def top_k(
     pool = _Pool(scores, candidates)
     pool.check(k)
     if k == 0:
-        return [torch.zeros(s.shape, dtype=torch.bool, device=s.device) for s in scores]
-    if k == pool.total:
-        return pool.everything()
-    kth = _kth_largest(pool, k)
-    masks, chosen = pool.at_least(kth)
-    pool.drop_last_ties(masks, kth, chosen - k)
+        masks = [torch.zeros_like(s, dtype=torch.bool) for s in pool.scores]
+    elif k == pool.total:
+        masks = pool.everything()
+    else:
+        kth = _kth_largest(pool, k)
+        masks, chosen = pool.at_least(kth)
+        pool.drop_last_ties(masks, kth, chosen - k)
     return [mask.view(s.shape) for mask, s in zip(masks, scores, strict=True)]
 
 
@@ -138,18 +140,18 @@ def top_n_per_group(scores: Tensor, n: Tensor | int, candidates: Tensor | None =
     groups, m = scores.shape
     wanted = torch.as_tensor(n, device=scores.device)
     if wanted.shape not in ((), (groups,)) or wanted.is_floating_point():
-        raise ValueError(f"n must be an int or integers of shape ({groups},), one per row.")
+        raise ValueError(f"n={n}: it must be an int or integers of shape ({groups},), one per row.")
     room = m if candidates is None else candidates.count_nonzero(dim=1)
     if bool(((wanted < 0) | (wanted > room)).any()):
         raise ValueError(
             "n must lie between 0 and the number of candidates in every row; "
             "clamp it to candidates.count_nonzero(dim=1)."
         )
-    mask = torch.empty_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)
     rows = max(1, pool.chunk(0) // max(1, m))
+    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     for start in range(0, groups, rows):
         part = slice(start, start + rows)
-        values = scores[part].to(pool.dtype)
+        values = pool.scores[0].view(groups, m)[part].to(pool.dtype)
         if candidates is not None:
             values = values.masked_fill(~candidates[part], -math.inf)
         count = wanted[part] if wanted.ndim else wanted
@@ -209,8 +211,9 @@ class _Pool:
                 raise ValueError(
                     f"candidates[{i}] has shape {tuple(c.shape)}, its scores {tuple(s.shape)}."
                 )
-        self.scores = scores
-        self.candidates = candidates
+        # Row-major copies of what is not contiguous, so that every pass is quick.
+        self.scores = [s.reshape(-1) for s in scores]
+        self.candidates = None if candidates is None else [c.reshape(-1) for c in candidates]
         # Every score is compared in one dtype that holds them all exactly.
         self.dtype = reduce(torch.promote_types, (s.dtype for s in scores), torch.float32)
         self.home = scores[0].device if scores else torch.device("cpu")
@@ -218,7 +221,7 @@ class _Pool:
         if candidates is None:
             self.sizes = [s.numel() for s in scores]
         else:
-            self.sizes = self._tolist([c.count_nonzero() for c in candidates])
+            self.sizes = self._gather([c.count_nonzero() for c in candidates]).tolist()
         self.total = sum(self.sizes)
 
     def chunk(self, i: int) -> int:
@@ -229,13 +232,11 @@ class _Pool:
         self, i: int, backwards: bool = False
     ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Slices of tensor ``i`` in row-major order, with its scores and candidates there."""
-        scores = self.scores[i].reshape(-1)
-        candidates = None if self.candidates is None else self.candidates[i].reshape(-1)
-        starts = range(0, scores.numel(), self.chunk(i))
+        starts = range(0, len(self.scores[i]), self.chunk(i))
         for start in reversed(starts) if backwards else starts:
             part = slice(start, start + self.chunk(i))
-            allowed = None if candidates is None else candidates[part]
-            yield part, scores[part].to(self.dtype), allowed
+            allowed = None if self.candidates is None else self.candidates[i][part]
+            yield part, self.scores[i][part].to(self.dtype), allowed
 
     def check(self, k: int) -> None:
         """Raise if ``k`` candidates cannot be chosen by these scores."""
@@ -245,12 +246,9 @@ class _Pool:
     def check_finite(self) -> None:
         """Raise if a candidate's score is NaN or infinite."""
         # A NaN or infinite score makes the sum so; the sum costs a fifth of looking.
-        sums = [
-            values.sum().to(self.home)
-            for i in range(len(self.scores))
-            for _, values, _ in self.chunks(i)
-        ]
-        if not sums or bool(torch.stack(sums).isfinite().all()):
+        tensors = range(len(self.scores))
+        sums = [values.sum() for i in tensors for _, values, _ in self.chunks(i)]
+        if bool(self._gather(sums).isfinite().all()):
             return
         above_minus_inf, inf = self.count((torch.gt, -math.inf), (torch.ge, math.inf))
         for i, size in enumerate(self.sizes):
@@ -272,8 +270,8 @@ class _Pool:
                 hits = [_and(compare(values, value), allowed) for compare, value in tests]
                 row += torch.stack([hit.count_nonzero() for hit in hits])
             rows.append(row)
-        per_test = zip(*self._tolist(rows), strict=True)
-        return [list(counts) for counts in per_test]
+        counts: list[list[int]] = self._gather(rows).T.tolist()
+        return counts
 
     def between(self, low: float, high: float) -> Tensor:
         """All candidate scores above ``low`` and below ``high``; 1-D."""
@@ -285,36 +283,36 @@ class _Pool:
         return torch.cat(inside)
 
     def sample_between(self, low: float, high: float, generator: torch.Generator) -> Tensor:
-        """As :meth:`between`, of one random position in each of ``_SAMPLE`` equal parts."""
-        steps = torch.rand(_SAMPLE, dtype=torch.float64, generator=generator)
-        steps += torch.arange(_SAMPLE)
-        positions = (steps * (self.numel / _SAMPLE)).long().clamp_(max=self.numel - 1)
+        """As :meth:`between`, of one random position in each of many equal parts."""
+        parts = min(_SAMPLE, self.numel // 16)
+        steps = torch.rand(parts, dtype=torch.float64, generator=generator) + torch.arange(parts)
+        positions = (steps * (self.numel / parts)).long().clamp_(max=self.numel - 1)
         sizes = torch.tensor([s.numel() for s in self.scores])
         ends = sizes.cumsum(0)
         cuts = torch.searchsorted(positions, ends)
         inside = []
         for i, local in enumerate(positions.tensor_split(cuts[:-1])):
             where = (local - (ends[i] - sizes[i])).to(self.scores[i].device)
-            values = self.scores[i].reshape(-1)[where].to(self.dtype)
-            allowed = None if self.candidates is None else self.candidates[i].reshape(-1)[where]
+            values = self.scores[i][where].to(self.dtype)
+            allowed = None if self.candidates is None else self.candidates[i][where]
             inside.append(values[_and((values > low) & (values < high), allowed)].to(self.home))
         return torch.cat(inside)
 
     def everything(self) -> list[Tensor]:
-        """Masks of all candidates."""
+        """Flat masks of all candidates."""
         if self.candidates is None:
-            return [torch.ones(s.shape, dtype=torch.bool, device=s.device) for s in self.scores]
-        return [c.clone(memory_format=torch.contiguous_format) for c in self.candidates]
+            return [torch.ones_like(s, dtype=torch.bool) for s in self.scores]
+        return [c.clone() for c in self.candidates]
 
     def at_least(self, kth: float) -> tuple[list[Tensor], int]:
         """Flat masks of the candidates whose score is ``kth`` or more, and their number."""
         masks = []
         for i, s in enumerate(self.scores):
-            mask = torch.empty(s.numel(), dtype=torch.bool, device=s.device)
+            mask = torch.empty_like(s, dtype=torch.bool)
             for part, values, allowed in self.chunks(i):
                 _and(torch.ge(values, kth, out=mask[part]), allowed)
             masks.append(mask)
-        return masks, sum(self._tolist([mask.count_nonzero() for mask in masks]))
+        return masks, int(self._gather([mask.count_nonzero() for mask in masks]).sum())
 
     def drop_last_ties(self, masks: Sequence[Tensor], kth: float, surplus: int) -> None:
         """Clear, in place, the last ``surplus`` of the chosen scores equal to ``kth``."""
@@ -326,8 +324,9 @@ class _Pool:
                 masks[i][part][ties] = False
                 surplus -= len(ties)
 
-    def _tolist(self, counts: Sequence[Tensor]) -> list[int]:
-        return torch.stack([c.to(self.home) for c in counts]).tolist() if counts else []
+    def _gather(self, results: Sequence[Tensor]) -> Tensor:
+        """Stack one small result per tensor or chunk, to wait for a device only once."""
+        return torch.stack([r.to(self.home) for r in results]) if results else torch.empty(0)
 
 
 def _check_k(k: int, total: int) -> None:

@@ -240,4 +240,3 @@ def test_keeper_is_last_and_single() -> None:
     assert len(keepers) == 1
     assert result.trainer.callbacks[-1] is keepers[0]
     assert keepers[0].masks is None, "nothing of ours is left after fit"
-

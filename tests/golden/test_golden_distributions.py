@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_sparsity.core.apportion import fill
 from lightning_sparsity.core.layer import Layer, dense_layers
 from lightning_sparsity.distributions import (
     er,
     erk,
     erk_power,
-    fill,
     global_by,
     keep_dense,
     lamp,

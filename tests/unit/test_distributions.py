@@ -6,15 +6,14 @@ import pickle
 import pytest
 import torch
 
+from lightning_sparsity.core.apportion import apportion, fill
 from lightning_sparsity.core.layer import Layer, dense_layers
 from lightning_sparsity.distributions import (
-    apportion,
     epsilon,
     er,
     erk,
     erk_power,
     fan_in,
-    fill,
     fixes_total,
     global_by,
     keep_dense,
@@ -23,6 +22,7 @@ from lightning_sparsity.distributions import (
     per_layer,
     uniform,
     uniform_plus,
+    unmatched,
 )
 from lightning_sparsity.scores import gradient, magnitude, needs_gradient, without_gradient
 from lightning_sparsity.structures import Block, Layout, Rows
@@ -167,8 +167,7 @@ def test_per_layer_takes_the_first_match(lenet):
 def test_per_layer_names_what_does_not_match(lenet):
     with pytest.raises(ValueError, match=r"per_layer.*no pattern matches fc3; add one"):
         per_layer({"fc1": 0.1, "fc2": 0.1})(lenet, 0)
-    with pytest.raises(ValueError, match=r"'conv\*' matches no layer; .* fc1, fc2, fc3"):
-        per_layer({"fc*": 0.1, "conv*": 0.1})(lenet, 0)
+    assert unmatched(per_layer({"fc*": 0.1, "conv*": 0.1}), ["fc1", "fc2"]) == ["conv*"]
 
 
 def test_per_layer_does_not_promise_more_than_is_live():
@@ -195,6 +194,13 @@ def test_keep_dense_in_both_conventions(lenet):
         keep_dense(erk, ["fc1"], charge=True)(lenet, 26620)
 
 
+def test_keep_dense_uncharged_names_the_density_of_the_other_layers(lenet):
+    with pytest.raises(
+        ValueError, match=r"largest reachable sparsity is 0.999935 \(density 6.452e-05\)"
+    ):
+        keep_dense(erk, ["fc1"])(lenet, 3)
+
+
 def test_keep_dense_of_every_layer(lenet):
     assert keep_dense(erk, ["*"])(lenet, 26620) == [235200, 30000, 1000]
 
@@ -205,8 +211,10 @@ def test_keep_dense_around_a_distribution_that_fixes_the_total(lenet):
 
 
 def test_keep_dense_names_a_pattern_without_a_match(lenet):
-    with pytest.raises(ValueError, match=r"keep_dense\(erk, \('conv1',\).*'conv1' matches no"):
-        keep_dense(erk, ["conv1"])(lenet, 26620)
+    names = [layer.name for layer in lenet]
+    assert unmatched(keep_dense(per_layer({"fc*": 0.5}), ["conv1"]), names) == ["conv1"]
+    assert unmatched(keep_dense(erk, ["fc1"]), names) == []
+    assert unmatched(erk, names) == []
 
 
 @pytest.mark.parametrize("make", [per_layer, lambda patterns: keep_dense(erk, patterns)])
@@ -296,7 +304,9 @@ def test_both_ends_of_what_is_possible(lenet, distribution):
 def test_no_layer_dies(lenet, distribution):
     assert distribution(lenet, 3) == [1, 1, 1]
     assert min(distribution(lenet, 10)) >= 1
-    with pytest.raises(ValueError, match=r"smallest total is 3 of 266200 \(density 1.127e-05\)"):
+    with pytest.raises(
+        ValueError, match=r"largest reachable sparsity is 0.999989 \(density 1.127e-05\)"
+    ):
         distribution(lenet, 2)
 
 
@@ -322,7 +332,9 @@ def test_apportion_keeps_to_floors_and_capacities():
 def test_apportion_refuses_what_cannot_be():
     with pytest.raises(ValueError, match="cannot place 11 live units: the 2 layers can take 10"):
         apportion([5, 6], [5, 5], 11)
-    with pytest.raises(ValueError, match=r"3 live units are too few .* 4 of 10 \(density 0.4\)"):
+    with pytest.raises(
+        ValueError, match=r"3 live units are too few .* sparsity is 0.6 \(density 0.4\)"
+    ):
         apportion([1.5, 1.5], [5, 5], 3, floor=2)
 
 

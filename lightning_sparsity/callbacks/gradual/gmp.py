@@ -16,7 +16,7 @@ from lightning_sparsity.structures import Structure
 
 
 class GMP(MaskCallback):
-    r"""Gradual magnitude pruning, "To prune, or not to prune" (Zhu and Gupta, 2017, arXiv:1710.01878).
+    r"""Gradual magnitude pruning (Zhu and Gupta, 2017, arXiv:1710.01878).
 
     Sparsity rises as :math:`s_t = s_f + (s_i - s_f)(1 - x)^3`, :math:`x` from 0 to 1 over
     the window (Eq. 1); at every update each layer keeps its live weights of largest

@@ -1,0 +1,1 @@
+"""Methods that make masks before the first step."""

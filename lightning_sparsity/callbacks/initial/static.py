@@ -73,7 +73,7 @@ class StaticSparse(MaskCallback):
         """Make the masks; see the class. ``groups``, ``found`` as in the base class."""
         if found or self.density is not None or fixes_total(self._distribution):
             return super().begin(groups, found)
-        kept = [
+        kept: list[Layers] = [
             [dataclasses.replace(layer, mask=layer.weight != 0) for layer in layers]
             for layers in groups
         ]

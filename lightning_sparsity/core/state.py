@@ -1,0 +1,113 @@
+"""State: what the keeper writes to a checkpoint, compares and restores.
+
+Tensors and plain Python only, so that ``torch.load(weights_only=True)`` reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_sparsity.core.masks import Masks
+from lightning_sparsity.core.method import Share
+from lightning_sparsity.core.plan import Assignment
+from lightning_sparsity.core.randomness import rng_state
+from lightning_sparsity.core.run import Owner, Run
+from lightning_sparsity.ops.packing import pack, unpack
+
+
+def save(
+    masks: Masks,
+    assignments: Sequence[Assignment],
+    owners: Sequence[Owner],
+    runs: Sequence[Run],
+    seed: int,
+) -> dict[str, Any]:
+    """Everything that a resumed run needs, masks at one bit per weight."""
+    return {
+        "version": 1,
+        "seed": seed,
+        "rng": rng_state(),
+        "methods": [_describe(a) for a in assignments],
+        "parameters": {
+            kept.name: {
+                "shape": tuple(kept.parameter.shape),
+                "structure": repr(kept.structure),
+                "mask": pack(kept.mask).cpu(),
+                "slots": {key: tensor.cpu() for key, tensor in kept.slots.items()},
+            }
+            for kept in masks
+        },
+        "steps": [owner.steps for owner in owners],
+        "runs": [_save_run(run) for run in runs],
+    }
+
+
+def differences(
+    state: dict[str, Any],
+    masks: Masks,
+    assignments: Sequence[Assignment],
+    owners: Sequence[Owner],
+    runs: Sequence[Run],
+) -> list[str]:
+    """What differs between a saved state and the run that should take it; one line each."""
+    now = {p.name: (tuple(p.parameter.shape), repr(p.structure)) for p in masks}
+    then = {
+        name: (tuple(saved["shape"]), saved["structure"])
+        for name, saved in state["parameters"].items()
+    }
+    found = [
+        f"{name}: {_said(then.get(name))} in the checkpoint, {_said(now.get(name))} now"
+        for name in {**then, **now}
+        if then.get(name) != now.get(name)
+    ]
+    methods = [_describe(a) for a in assignments]
+    if methods != state["methods"]:
+        found.append(f"callbacks: {state['methods']} in the checkpoint, {methods} now")
+    if len(owners) != len(state["steps"]) or len(runs) != len(state["runs"]):
+        found.append(f"optimizers: {len(state['steps'])} in the checkpoint, {len(owners)} now")
+    return found
+
+
+def restore(
+    state: dict[str, Any], masks: Masks, owners: Sequence[Owner], runs: Sequence[Run]
+) -> None:
+    """Apply a saved state without differences."""
+    for owner, steps in zip(owners, state["steps"], strict=True):
+        owner.steps = steps
+    for kept in masks:
+        saved = state["parameters"][kept.name]
+        device = kept.parameter.device
+        kept.set_mask(unpack(saved["mask"], saved["shape"]).to(device))
+        kept.slots = {key: tensor.to(device) for key, tensor in saved["slots"].items()}
+    for run, saved in zip(runs, state["runs"], strict=True):
+        run.updates = saved["updates"]
+        run.pending = saved["pending"]
+        run.last_epoch = saved["last_epoch"]
+        run.share = Share(**saved["share"]) if saved["share"] else None
+
+
+def _save_run(run: Run) -> dict[str, Any]:
+    share = run.share
+    return {
+        "updates": run.updates,
+        "pending": run.pending,
+        "last_epoch": run.last_epoch,
+        "share": share
+        and {
+            "sizes": share.sizes,
+            "index": share.index,
+            "start": dict(share.start),
+            "found": share.found,
+        },
+    }
+
+
+def _describe(assignment: Assignment) -> str:
+    """The call of a method, as far as two runs must agree on it."""
+    density = assignment.method.density
+    return assignment.key if density is None else f"{assignment.key}(density={float(density)})"
+
+
+def _said(what: tuple[tuple[int, ...], str] | None) -> str:
+    return "absent" if what is None else f"{what[0]} {what[1]}"

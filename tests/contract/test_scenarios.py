@@ -1,0 +1,370 @@
+"""What users do with a Trainer, over every public mask method."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from methods import METHODS, UPDATERS
+from torch import Tensor, nn
+
+from lightning_sparsity.core.keeper import MaskKeeper
+from lightning_sparsity.testing import (
+    Batch,
+    Batches,
+    ManualModel,
+    Probe,
+    TinyModel,
+    assert_zero_off_masks,
+    fit,
+    tiny_net,
+)
+
+pytestmark = pytest.mark.parametrize("name", METHODS)
+
+
+class Validated(TinyModel):
+    """Counts the zeros that validation sees."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.seen: list[int] = []
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.seen.append(zeros(self))
+
+
+def zeros(module: nn.Module) -> int:
+    return sum(int((p == 0).sum()) for p in module.parameters() if p.ndim > 1)
+
+
+def off(result: Any) -> int:
+    return sum(int((~mask).sum()) for mask in result.masks.values())
+
+
+def test_tied_weights_are_masked_once(name: str) -> None:
+    class Tied(TinyModel):
+        def __init__(self) -> None:
+            first, second = nn.Linear(36, 36), nn.Linear(36, 36)
+            second.weight = first.weight
+            super().__init__(nn.Sequential(nn.Flatten(), first, nn.ReLU(), second))
+
+    result = fit([METHODS[name]()], Tied)
+    assert list(result.masks) == ["net.1.weight"]
+    assert result.live == round(0.3 * 36 * 36)
+    assert torch.equal(result.weights["net.1.weight"], result.weights["net.3.weight"])
+    assert not result.weights["net.3.weight"][~result.masks["net.1.weight"]].any()
+
+
+def test_averaged_weights_are_sparse_too(name: str, tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="end", save_on_train_epoch_end=True)
+    average = EMAWeightAveraging(decay=0.9)
+    module = Validated()
+    result = fit(
+        [METHODS[name](), average, saver],
+        lambda: module,
+        enable_checkpointing=True,
+        check_val_every_n_epoch=1,
+        data=_with_validation(),
+    )
+    file = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    for key, mask in result.masks.items():
+        assert not result.weights[key][~mask].any()
+        assert not file["state_dict"][key][~mask].any()
+    assert module.seen[-1] >= off(result)
+
+
+@pytest.mark.filterwarnings("ignore:Swapping scheduler")
+def test_stochastic_weight_averaging(name: str) -> None:
+    swa = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2, annealing_epochs=1)
+    result = fit([METHODS[name](), swa], lambda: TinyModel(net=_without_batch_norm()))
+    for key, mask in result.masks.items():
+        assert not result.weights[key][~mask].any()
+
+
+def test_compiled_inner_network(name: str) -> None:
+    def compiled() -> TinyModel:
+        model = TinyModel()
+        model.net = torch.compile(model.net, backend="aot_eager")  # type: ignore[assignment]
+        return model
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    result = fit([METHODS[name]()], compiled)
+    eager = fit([METHODS[name]()])
+    assert (
+        list(result.masks) == list(eager.masks) == ["net.0.weight", "net.5.weight", "net.7.weight"]
+    )
+    assert result.live == eager.live
+    assert torch._dynamo.utils.counters["frames"]["ok"] == 1, "recompiled at a mask update"
+
+
+def test_learning_rate_finder_leaves_the_masks_alone(name: str, tmp_path: Path) -> None:
+    class WithLr(TinyModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lr = 0.05
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+    finder = LearningRateFinder(num_training_steps=8, update_attr=False)
+    finder._early_exit = False
+    found = fit([METHODS[name](), finder], WithLr, default_root_dir=tmp_path)
+    numel = sum(mask.numel() for mask in found.masks.values())
+    assert found.live == round(0.3 * numel)
+    assert len(found.history) >= 24
+
+
+def test_fit_twice_with_one_trainer_goes_on(name: str) -> None:
+    pl.seed_everything(3, verbose=False)
+    probe = Probe()
+    trainer = _trainer([METHODS[name](), probe], max_epochs=2)
+    model = TinyModel()
+    trainer.fit(model, Batches())
+    first = dict(probe.masks)
+    seen = len(probe.history)
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(model, Batches())
+    assert len(probe.history) == seen + 8
+    if name in ("StaticSparse", "Magnitude"):
+        assert all(torch.equal(first[key], probe.masks[key]) for key in first)
+    numel = sum(mask.numel() for mask in probe.masks.values())
+    assert sum(int(mask.sum()) for mask in probe.masks.values()) == round(0.3 * numel)
+
+
+def test_one_callback_in_two_trainers(name: str) -> None:
+    callback = METHODS[name]()
+    first = fit([callback])
+    second = fit([callback])
+    second.assert_equal(first)
+    assert second.history == first.history
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_pickling(name: str, fitted: bool) -> None:
+    callback = METHODS[name]()
+    if fitted:
+        fit([callback])
+    data = pickle.dumps(callback)
+    assert len(data) < 5000, "no module or Trainer comes along"
+    copy = pickle.loads(data)
+    fit([copy]).assert_equal(fit([METHODS[name]()]))
+
+
+def test_several_optimizers_share_the_budget_by_size(name: str) -> None:
+    result = fit([METHODS[name](**_in_steps(name))], ManualModel)
+    assert result.live == round(0.3 * 2184)
+    alone = result.masks["net.0.weight"]
+    assert int(alone.sum()) == round(0.3 * alone.numel())
+
+
+def test_grouped_and_transposed_convolutions(name: str) -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1),
+            nn.Conv2d(8, 8, 3, groups=4),
+            nn.ConvTranspose2d(8, 4, 2, groups=2),
+            nn.Conv2d(4, 4, 1),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+
+    result = fit([METHODS[name]()], lambda: TinyModel(net()))
+    assert result.live == round(0.3 * sum(mask.numel() for mask in result.masks.values()))
+    assert len(result.masks) == 4
+
+
+def test_channels_last_and_double(name: str) -> None:
+    def model() -> TinyModel:
+        return TinyModel().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    last = fit([METHODS[name]()], model)
+    first = fit([METHODS[name]()])
+    assert last.live == first.live
+    if name != "RigL":  # gradients differ in the last bit between the two formats
+        assert all(torch.equal(last.masks[k], first.masks[k]) for k in ("net.0.weight",))
+    double = fit([METHODS[name]()], precision="64-true", data=_doubles())
+    assert double.live == first.live
+
+
+@pytest.mark.filterwarnings("ignore:RigL. frozen.weight got no gradient")
+def test_unused_and_frozen_parameters(name: str) -> None:
+    class Partly(TinyModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen = nn.Linear(8, 8)
+            self.frozen.requires_grad_(False)
+
+    result = fit([METHODS[name]()], Partly)
+    assert "frozen.weight" not in result.masks
+    named = fit([METHODS[name](include=["frozen", "net.5"])], Partly)
+    assert list(named.masks) == ["net.5.weight", "frozen.weight"]
+    numel = 128 * 16 + 64
+    assert named.live == round(0.3 * numel)
+
+
+def test_layers_made_late(name: str) -> None:
+    class Late(TinyModel):
+        def __init__(self) -> None:
+            super().__init__(nn.Identity())
+
+        def configure_model(self) -> None:
+            if isinstance(self.net, nn.Identity):
+                self.net = tiny_net()
+
+    result = fit([METHODS[name]()], Late)
+    assert result.live == round(0.3 * 2184)
+
+
+def test_nothing_is_left_after_an_exception(name: str) -> None:
+    class Failing(TinyModel):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            if batch_idx == 5:
+                raise RuntimeError("the user's own")
+            return self.loss(batch)
+
+    pl.seed_everything(3, verbose=False)
+    trainer = _trainer([METHODS[name]()])
+    module = Failing()
+    with pytest.raises(RuntimeError, match="the user's own"):
+        trainer.fit(module, Batches())
+    keeper = MaskKeeper.of(trainer)
+    assert keeper is not None
+    assert keeper.masks is None
+    assert not trainer.optimizers[0]._optimizer_step_post_hooks  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("fast_dev_run", [1, 2])
+def test_fast_dev_run(name: str, fast_dev_run: int) -> None:
+    fit([METHODS[name]()], fast_dev_run=fast_dev_run)
+
+
+def test_lbfgs_is_refused(name: str) -> None:
+    with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match="LBFGS"):
+        fit([METHODS[name]()], lambda: TinyModel(optimizer=torch.optim.LBFGS))
+
+
+def test_rng_is_untouched(name: str) -> None:
+    states: list[Tensor] = []
+
+    class Recorder(pl.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            states.append(torch.get_rng_state())
+
+    fit([METHODS[name](), Recorder()])
+    with_method, states = states, []
+    fit([Recorder()])
+    assert all(torch.equal(a, b) for a, b in zip(with_method, states, strict=True))
+
+
+def test_other_seed_other_masks(name: str) -> None:
+    first, again = fit([METHODS[name](seed=1)]), fit([METHODS[name](seed=1)])
+    other = fit([METHODS[name](seed=2)])
+    again.assert_equal(first)
+    same = all(torch.equal(first.masks[k], other.masks[k]) for k in first.masks)
+    assert same == (name in ("GMP", "Magnitude"))
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_validate_and_test_from_a_checkpoint(name: str, tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="end", save_on_train_epoch_end=True)
+    result = fit([METHODS[name](), saver], enable_checkpointing=True)
+    for callbacks in ([METHODS[name]()], []):
+        module = Validated()
+        trainer = _trainer(callbacks)
+        trainer.validate(module, Batches(), ckpt_path=tmp_path / "end.ckpt")
+        assert module.seen[0] >= off(result)
+
+
+def test_zero_gradients_off_the_mask_reach_clipping(name: str) -> None:
+    norms: list[Tensor] = []
+
+    class Clipping(TinyModel):
+        def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            keeper = MaskKeeper.of(self.trainer)
+            assert keeper is not None
+            assert keeper.masks is not None
+            for kept in keeper.masks:
+                assert not kept.parameter.grad[~kept.mask].any()  # type: ignore[index]
+            norms.append(torch.nn.utils.clip_grad_norm_(self.parameters(), 0.1))
+
+    fit([METHODS[name]()], Clipping)
+    assert len(norms) == 24
+
+
+def test_weights_moved_between_steps_do_not_reach_validation(name: str) -> None:
+    if name not in UPDATERS:
+        pytest.skip("same engine path")
+
+    class Noisy(Validated):
+        def on_train_batch_end(self, *args: Any) -> None:
+            with torch.no_grad():
+                for p in self.parameters():
+                    p.add_(0.001)
+
+    module = Noisy()
+    callback = Check()
+    fit([METHODS[name](), callback], lambda: module, data=_with_validation())
+    assert callback.checked == 3
+
+
+class Check(pl.Callback):
+    """Looks at the weights when validation runs."""
+
+    checked = 0
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        keeper = MaskKeeper.of(trainer)
+        if keeper is not None and keeper.masks is not None and not trainer.sanity_checking:
+            assert_zero_off_masks(keeper.masks)
+            self.checked += 1
+
+
+def _trainer(callbacks: list[Any], **kwargs: Any) -> pl.Trainer:
+    options: dict[str, Any] = {
+        "max_epochs": 3,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return pl.Trainer(callbacks=callbacks, **{**options, **kwargs})
+
+
+def _in_steps(name: str) -> dict[str, Any]:
+    return {"at": 3} if name == "Magnitude" else {}
+
+
+def _without_batch_norm() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def _doubles() -> Batches:
+    batches = Batches()
+    batches._batches = [(x.double(), y) for x, y in batches._batches]
+    return batches
+
+
+class _Data(pl.LightningDataModule):
+    def train_dataloader(self) -> Batches:
+        return Batches()
+
+    def val_dataloader(self) -> Batches:
+        return Batches(count=1)
+
+
+def _with_validation() -> Callable[..., Any]:
+    return _Data()  # type: ignore[return-value]
