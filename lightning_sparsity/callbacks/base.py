@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_sparsity.core.apportion import apportion
@@ -197,7 +198,7 @@ class MaskCallback(SparsityCallback):
         total = _part(density, [_size(group) for group in groups], index)
         start = {layer.name: layer.live for layer in layers}
         inherits = found and self.distribution is None
-        return self._budget(layers, density, total, start if inherits else None)
+        return self._budget(_all_live(layers), density, total, start if inherits else None)
 
     def _budget(
         self, layers: Layers, density: float, total: int, like: Mapping[str, int] | None
@@ -208,8 +209,7 @@ class MaskCallback(SparsityCallback):
             per_group = max(1, math.ceil(round(density * structure.m, 9)))
             return [layer.size // structure.m * per_group for layer in layers]
         if total > sum(layer.live for layer in layers):  # to grow: every position has room
-            full = [layer.units.new_ones(layer.size) for layer in layers]
-            layers = [layer.with_units(units) for layer, units in zip(layers, full, strict=True)]
+            layers = _all_live(layers)
         if like is None:
             return list(self._named(self._distribution, layers, total))
         scale = total / sum(like[layer.name] for layer in layers)
@@ -259,6 +259,10 @@ class MaskCallback(SparsityCallback):
 
 def _size(layers: Layers) -> int:
     return sum(layer.size for layer in layers)
+
+
+def _all_live(layers: Layers) -> Layers:
+    return [dataclasses.replace(layer, mask=torch.ones_like(layer.mask)) for layer in layers]
 
 
 def _part(density: float, sizes: Sequence[int], index: int) -> int:

@@ -148,7 +148,7 @@ class MaskKeeper(Callback):
             if a.method.rule is None:
                 continue
             try:
-                steps = a.method.window.resolve(self._total)
+                steps = a.method.window.resolve(self._total, arrives=a.method.ramps)
             except ValueError as error:
                 raise MisconfigurationException(f"{a.key}: {error}") from None
             if not steps.opens(self._total) and not _is_dev_run(trainer):

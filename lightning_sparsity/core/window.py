@@ -35,8 +35,9 @@ def is_time(value: object) -> bool:
 class Window:
     """When updates run. Steps are counted per optimizer, from 1.
 
-    Due at ``start <= t <= end`` with ``(t - start) % every == 0``, and always at ``end``.
-    A due update whose step is skipped (by a GradScaler, say) waits for the next.
+    Due at ``start <= t <= end`` with ``(t - start) % every == 0``. Where the density changes
+    over the window, also at ``end``, so that it arrives. A due update whose step is skipped
+    (by a GradScaler, say) waits for the next.
 
     Args:
         every: Interval in optimizer steps, or "epoch": the last step of each epoch.
@@ -77,13 +78,17 @@ class Window:
                 f"update_end={self.end!r} comes before update_start={self.start!r}; exchange them."
             )
 
-    def resolve(self, total: float) -> Steps:
-        """This window in steps, for a training of ``total`` optimizer steps.
+    def resolve(self, total: float, arrives: bool = False) -> Steps:
+        """This window in steps.
+
+        Args:
+            total: Optimizer steps in the whole training.
+            arrives: Whether an update is due at ``end`` in any case.
 
         Raises:
             ValueError: If a time is a fraction and ``total`` is unknown.
         """
-        return Steps(self.every, resolve(self.start, total), resolve(self.end, total))
+        return Steps(self.every, resolve(self.start, total), resolve(self.end, total), arrives)
 
 
 @dataclass(frozen=True)
@@ -94,25 +99,27 @@ class Steps:
         every: Interval in steps, or "epoch".
         start: First step.
         end: Last step.
+        arrives: Whether an update is due at ``end`` in any case.
     """
 
     every: int | Literal["epoch"]
     start: int
     end: int
+    arrives: bool = False
 
     def due(self, step: int, last_of_epoch: bool = False) -> bool:
         """Whether an update follows optimizer step ``step``."""
         if not max(self.start, 1) <= step <= self.end:
             return False
-        if self.every == "epoch":
-            return last_of_epoch or step == self.end
-        return (step - self.start) % self.every == 0 or step == self.end
+        if self.arrives and step == self.end:
+            return True
+        return last_of_epoch if self.every == "epoch" else (step - self.start) % self.every == 0
 
     def opens(self, total: float) -> bool:
-        """Whether any step of a training of ``total`` steps is due."""
-        every = 1 if self.every == "epoch" else self.every
-        first = self.start if self.start > 0 else every
-        return min(first, self.end) <= total and max(self.start, 1) <= self.end
+        """Whether a training of ``total`` steps may reach a step that is due."""
+        if self.every == "epoch" or self.arrives:
+            return max(self.start, 1) <= min(self.end, total)
+        return (self.start or self.every) <= min(self.end, total)
 
     def progress(self, step: int) -> float:
         """How much of the window has passed at ``step``, in [0, 1]."""

@@ -84,9 +84,7 @@ def test_each_row_is_a_stable_sort(
         assert torch.equal(chosen, best(row, int(count), allowed))
 
 
-@given(
-    st.lists(st.booleans(), max_size=200), st.floats(0.0, 1.0), st.integers(0, 2**32), st.data()
-)
+@given(st.lists(st.booleans(), max_size=200), st.floats(0.0, 1.0), st.integers(0, 2**32), st.data())
 def test_sample_draws_distinct_candidates(
     allowed: list[bool], share: float, seed: int, data: st.DataObject
 ) -> None:

@@ -1,0 +1,1 @@
+"""Monitors: callbacks that watch the masks and change nothing."""

@@ -1,0 +1,225 @@
+"""Reports: what is sparse and by how much, as tables of plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_sparsity.core.masks import Masks
+from lightning_sparsity.core.parameter import SparseParameter
+from lightning_sparsity.flops import Flops
+from lightning_sparsity.structures import Unstructured
+
+
+@dataclass(frozen=True)
+class Course:
+    """What training did to one mask.
+
+    Args:
+        start: Live weights before the first step.
+        ever_live: Weights that were live at any time.
+        dropped: Weights dropped in all updates together; one dropped twice counts twice.
+    """
+
+    start: int
+    ever_live: int
+    dropped: int
+
+
+def allocation_table(masks: Masks, model: nn.Module | None = None) -> str:
+    """How many weights of each layer are live.
+
+    Args:
+        masks: The sparse parameters.
+        model: Their model; if given, a last line says what is left dense.
+
+    Returns:
+        The table, several lines without a newline at the end.
+    """
+    whole_units = any(not isinstance(kept.structure, Unstructured) for kept in masks)
+    header = ["sparse parameter", "shape", "density", "live", "weights"]
+    rows = [
+        [kept.name, _shape(kept), _density(kept.live, kept.numel), *_counts(kept.live, kept.numel)]
+        for kept in masks
+    ]
+    rows.append(["total", "", _density(masks.live, masks.numel), *_counts(masks.live, masks.numel)])
+    if whole_units:
+        header.append("live units")
+        for row, kept in zip(rows, masks, strict=False):
+            row.append(_units(kept))
+        rows[-1].append("")
+    lines = [_table(header, rows)] if len(masks) else []
+    if model is not None:
+        lines.append(_dense_line(masks, model))
+    return "\n".join(lines)
+
+
+def final_table(
+    masks: Masks, courses: Mapping[str, Course], flops: Flops | None = None
+) -> str:
+    """How the masks ended and what happened to them on the way.
+
+    Args:
+        masks: The sparse parameters.
+        courses: What training did to each, by name.
+        flops: Adds a column of forward FLOPs per sample at the final density; "?" where
+            they are not known.
+
+    Returns:
+        The table, several lines without a newline at the end.
+    """
+    header = ["sparse parameter", "density at start", "at end", "live", "ever live", "dropped"]
+    rows = []
+    for kept in masks:
+        course = courses[kept.name]
+        rows.append([kept.name, *_course(course, kept.live, kept.numel)])
+    all_of_it = Course(
+        start=sum(course.start for course in courses.values()),
+        ever_live=sum(course.ever_live for course in courses.values()),
+        dropped=sum(course.dropped for course in courses.values()),
+    )
+    rows.append(["total", *_course(all_of_it, masks.live, masks.numel)])
+    if flops is not None:
+        header.append("FLOPs")
+        at_end = {kept.name: kept.density for kept in masks}
+        for row, kept in zip(rows, masks, strict=False):
+            dense = flops.layers.get(kept.name)
+            row.append("?" if dense is None else quantity(dense * kept.density))
+        total = sum(f * at_end[name] for name, f in flops.layers.items())
+        rows[-1].append("?" if len(flops.layers) < len(masks) else quantity(total))
+    return _table(header, rows)
+
+
+def flops_line(flops: Flops, densities: Mapping[str, float]) -> str:
+    """Forward FLOPs per sample, dense and at these densities."""
+    if flops.unknown:
+        return f"FLOPs are not known: {flops.unknown}."
+    now = flops.inference(densities)
+    return (
+        f"Forward FLOPs per sample: {quantity(flops.dense)} dense, {quantity(now)} at these "
+        f"densities ({_ratio(now, flops.dense)})."
+    )
+
+
+def training_flops_line(spent: float, flops: Flops) -> str:
+    """Training FLOPs per sample.
+
+    Args:
+        spent: Mean over the training.
+        flops: Of the model.
+    """
+    dense = 3 * flops.dense
+    return (
+        f"Training FLOPs per sample: {quantity(dense)} dense, {quantity(spent)} in the mean of "
+        f"this training ({_ratio(spent, dense)})."
+    )
+
+
+def time_line(seconds: float, batches: int) -> str:
+    """Measured time per batch.
+
+    Args:
+        seconds: The median.
+        batches: How many batches were measured.
+    """
+    return (
+        f"Measured: {quantity(seconds)}s per batch (median of {batches}, data loading included). "
+        "The weights are stored densely, so the zeros are computed too: FLOPs saved above are "
+        "not time saved here."
+    )
+
+
+def memory_line(masks: Masks) -> str:
+    """Bytes of the sparse parameters: dense, as they are stored, and as few as could be."""
+    least = sum(
+        kept.live * kept.parameter.element_size() + -(-kept.numel // 8) for kept in masks
+    )
+    dense = sum(kept.numel * kept.parameter.element_size() for kept in masks)
+    stored = sum(map(stored_bytes, masks))
+    return (
+        f"Memory of the sparse weights: {quantity(dense)}B dense, {quantity(stored)}B now with "
+        f"their masks; live values and a bitmap alone would take {quantity(least)}B."
+    )
+
+
+def stored_bytes(kept: SparseParameter) -> int:
+    """Bytes that a sparse parameter takes now: weight, mask and the method's own tensors."""
+    tensors = [kept.parameter, kept.mask, *kept.slots.values()]
+    if not kept.is_dense:
+        tensors.append(kept.gate)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def quantity(value: float) -> str:
+    """A number with three digits and a metric prefix.
+
+    Example:
+        >>> [quantity(x) for x in (532_480, 8.2e9, 0.00193, 0, 15)]
+        ['532 k', '8.20 G', '1.93 m', '0 ', '15.0 ']
+    """
+    if value == 0:
+        return "0 "
+    for prefix, unit in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0)):
+        if value >= 0.9995 * unit:
+            return f"{_three_digits(value / unit)} {prefix}"
+    return f"{_three_digits(value * 1e3)} m" if value >= 0.9995e-3 else f"{value * 1e6:.3g} µ"
+
+
+def _three_digits(value: float) -> str:
+    decimals = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{decimals}f}"
+
+
+def _ratio(part: float, whole: float) -> str:
+    return f"{part / whole:.3g}x"
+
+
+def _density(live: int, numel: int) -> str:
+    return f"{live / numel:.4f}" if numel else "1.0000"
+
+
+def _counts(*counts: int) -> list[str]:
+    return [f"{count:,}" for count in counts]
+
+
+def _shape(kept: SparseParameter) -> str:
+    return " x ".join(map(str, kept.parameter.shape))
+
+
+def _units(kept: SparseParameter) -> str:
+    units = kept.structure.live(kept.mask, kept.layout)
+    return f"{int(units.count_nonzero()):,} of {units.numel():,} {kept.structure!r}"
+
+
+def _course(course: Course, live: int, numel: int) -> list[str]:
+    return [
+        _density(course.start, numel),
+        _density(live, numel),
+        f"{live:,}",
+        f"{course.ever_live / numel:.1%}" if numel else "100.0%",
+        f"{course.dropped:,}",
+    ]
+
+
+def _dense_line(masks: Masks, model: nn.Module) -> str:
+    sparse = {id(kept.parameter) for kept in masks}
+    sizes = [p.numel() for p in model.parameters() if id(p) not in sparse]
+    if not len(masks):
+        return f"No parameter is sparse: all {len(sizes)} are dense ({sum(sizes):,} weights)."
+    return f"Dense: the other {len(sizes)} parameters ({sum(sizes):,} weights)."
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as they need, the first to the left; a rule above the last row."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = "-" * (sum(widths) + 3 * (len(widths) - 1))
+    lines = [_row(header, widths), rule, *(_row(row, widths) for row in rows)]
+    lines.insert(-1, rule)
+    return "\n".join(lines)
+
+
+def _row(cells: Iterable[str], widths: Sequence[int]) -> str:
+    first, *rest = zip(cells, widths, strict=True)
+    return " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)])

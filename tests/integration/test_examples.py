@@ -1,0 +1,218 @@
+"""The examples run, on small data and for a few epochs."""
+
+import gzip
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LightningCLI
+from torch import nn
+
+from lightning_sparsity import (
+    Block,
+    MaskCallback,
+    RigL,
+    Rows,
+    cubic,
+    erk_power,
+    last_layer,
+    linear,
+    sigmoid,
+    uniform,
+)
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Run an example as a script, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+    def run(name: str, *arguments: object) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+    return run
+
+
+def idx(tensor: torch.Tensor) -> bytes:
+    """A uint8 tensor in the IDX format."""
+    sizes = b"".join(size.to_bytes(4, "big") for size in tensor.shape)
+    return bytes([0, 0, 8, tensor.ndim]) + sizes + bytes(tensor.flatten().tolist())
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> Path:
+    """A data set in the form of MNIST: 240 pictures to train, 40 to test; some files packed."""
+    directory = tmp_path / "digits"
+    directory.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 240), ("t10k", 40)):
+        labels = torch.arange(count, dtype=torch.uint8) % 10
+        images = torch.randint(0, 256, (count, 28, 28), generator=generator, dtype=torch.uint8)
+        (directory / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels))
+        (directory / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
+    return directory
+
+
+def test_quickstart(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run("quickstart.py", "--epochs", 2, "--density", 0.2)
+    printed = capsys.readouterr().out
+    assert "uninterrupted one: True" in printed
+    assert "16896 of 84480" in printed
+    assert "density 0.2000" in printed
+
+
+@pytest.mark.parametrize("method", ["rigl", "set", "static", "gmp", "magnitude", "dense"])
+def test_mnist(run: Run, digits: Path, capsys: pytest.CaptureFixture[str], method: str) -> None:
+    run("mnist_rigl.py", "--data-dir", digits, "--method", method, "--epochs", 2)
+    live = 266200 if method == "dense" else 13310
+    assert f"{live} of 266200" in capsys.readouterr().out
+
+
+def test_mnist_resumes(run: Run, digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("mnist_rigl.py", "--data-dir", digits)
+    run(*arguments, "--epochs", 1)
+    run(*arguments, "--epochs", 2, "--resume")
+    assert "13310 of 266200" in capsys.readouterr().out
+
+
+def test_mnist_says_what_is_missing(
+    run: Run, digits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (digits / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(SystemExit):
+        run("mnist_rigl.py", "--data-dir", digits)
+    assert "t10k-labels-idx1-ubyte is absent" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("mnist_rigl.py", "--data-dir", digits, "--resume")
+    assert "there is no" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "starts with nothing"),
+        (b"\0\0\x0d\x01\0\0\0\x01", "starts with 00000d01"),
+        (b"<html>", "is it another file"),
+        (b"\0\0\x08\x03\0\0\0\x01", "ends inside its header"),
+        (b"\0\0\x08\x01\0\0\0\x05abc", "3 bytes of data, and its header promises 5"),
+        (b"\0\0\x08\x01\0\0\0\x02abc", "3 bytes of data, and its header promises 2"),
+    ],
+)
+def test_reader_refuses_broken_files(tmp_path: Path, content: bytes, message: str) -> None:
+    read_idx = runpy.run_path(str(EXAMPLES / "mnist_rigl.py"))["read_idx"]
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_idx(tmp_path / "file")
+
+
+def test_reader_refuses_broken_gzip(tmp_path: Path) -> None:
+    read_idx = runpy.run_path(str(EXAMPLES / "mnist_rigl.py"))["read_idx"]
+    whole = gzip.compress(idx(torch.zeros(50, dtype=torch.uint8)))
+    for content in (whole[:-5], b"no gzip at all"):
+        (tmp_path / "file.gz").write_bytes(content)
+        with pytest.raises(ValueError, match="download it again"):
+            read_idx(tmp_path / "file")
+
+
+def test_reader_reads_what_was_written(tmp_path: Path) -> None:
+    read_idx = runpy.run_path(str(EXAMPLES / "mnist_rigl.py"))["read_idx"]
+    tensor = torch.arange(24, dtype=torch.uint8).reshape(2, 3, 4)
+    (tmp_path / "file").write_bytes(idx(tensor))
+    assert torch.equal(read_idx(tmp_path / "file"), tensor)
+
+
+def test_cli(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    config = EXAMPLES / "rigl.yaml"
+    run("cli.py", "fit", "--config", config, "--trainer.max_epochs", 2)
+    (checkpoint,) = Path("runs").rglob("*.ckpt")
+    weights = torch.load(checkpoint, weights_only=True)["state_dict"]
+    live = sum(int(weights[f"net.{i}.weight"].count_nonzero()) for i in (0, 2))
+    assert live == round(0.1 * (64 * 256 + 256 * 256))
+    assert weights["net.4.weight"].all()
+
+
+class Model(LightningModule):
+    pass
+
+
+def from_config(tmp_path: Path, callback: str, arguments: dict[str, Any]) -> MaskCallback:
+    """The callback that LightningCLI makes of this configuration."""
+    entry = {"class_path": f"lightning_sparsity.{callback}", "init_args": arguments}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"trainer": {"callbacks": [entry]}}))
+    cli = LightningCLI(Model, args=["--config", str(path)], run=False, save_config_callback=None)
+    return next(c for c in cli.trainer.callbacks if isinstance(c, MaskCallback))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, RigL(density=0.1)),
+        ({"density": 0.5, "update_end": 0.75}, RigL(density=0.5, update_end=0.75)),
+        ({"update_start": 10, "update_end": 200}, RigL(0.1, update_start=10, update_end=200)),
+        ({"update_interval": "epoch"}, RigL(0.1, update_interval="epoch")),
+        ({"distribution": "lightning_sparsity.uniform"}, RigL(0.1, distribution=uniform)),
+        (
+            {
+                "distribution": {
+                    "class_path": "lightning_sparsity.erk_power",
+                    "init_args": {"power": 0.5},
+                }
+            },
+            RigL(0.1, distribution=erk_power(0.5)),
+        ),
+        ({"distribution": {"fc*": 0.5}}, RigL(0.1, distribution={"fc*": 0.5})),
+        (
+            {
+                "structure": {
+                    "class_path": "lightning_sparsity.Block",
+                    "init_args": {"rows": 2, "columns": 4},
+                }
+            },
+            RigL(0.1, structure=Block(2, 4)),
+        ),
+        ({"structure": "lightning_sparsity.Rows"}, RigL(0.1, structure=Rows())),
+        ({"include": "fc*"}, RigL(0.1, include="fc*")),
+        ({"include": "torch.nn.Linear"}, RigL(0.1, include=nn.Linear)),
+        ({"exclude": "lightning_sparsity.last_layer"}, RigL(0.1, exclude=last_layer)),
+        (
+            {"exclude": ["lightning_sparsity.last_layer", "fc"]},
+            RigL(0.1, exclude=[last_layer, "fc"]),
+        ),
+    ],
+)
+def test_config_means_what_code_does(
+    tmp_path: Path, arguments: dict[str, Any], expected: MaskCallback
+) -> None:
+    made = from_config(tmp_path, "RigL", {"density": 0.1, **arguments})
+    for name in ("density", "distribution", "window", "structure", "include"):
+        assert getattr(made, name) == getattr(expected, name)
+    assert made.exclude == expected.exclude or (not made.exclude and not expected.exclude)
+
+
+@pytest.mark.parametrize(
+    ("ramp", "halfway"),
+    [
+        (None, cubic(1.0, 0.1)(0.5)),
+        ("lightning_sparsity.linear", linear(1.0, 0.1)(0.5)),
+        (
+            {"class_path": "lightning_sparsity.sigmoid", "init_args": {"steepness": 4}},
+            sigmoid(1.0, 0.1, steepness=4)(0.5),
+        ),
+    ],
+)
+def test_config_gives_a_ramp(tmp_path: Path, ramp: Any, halfway: float) -> None:
+    made = from_config(tmp_path, "GMP", {"density": 0.1} | ({"ramp": ramp} if ramp else {}))
+    assert made.ramp is not None
+    assert made.ramp(1.0, 0.1)(0.5) == halfway
