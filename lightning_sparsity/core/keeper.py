@@ -116,6 +116,8 @@ class MaskKeeper(Callback):
             self._begin_all()
         for owner in self._owners:
             self.masks.enforce(owner.parameters, owner.optimizer)
+        if not _is_dev_run(trainer):
+            self._warn_of_idle_methods()
         for callback in _callbacks(trainer):
             if callable(announce := getattr(callback, "on_masks_ready", None)):
                 announce(trainer, pl_module, self)
@@ -151,16 +153,19 @@ class MaskKeeper(Callback):
                 steps = a.method.window.resolve(self._total, arrives=a.method.ramps)
             except ValueError as error:
                 raise MisconfigurationException(f"{a.key}: {error}") from None
-            if not steps.opens(self._total) and not _is_dev_run(trainer):
-                rank_zero_warn(
-                    f"{a.key} makes no update: training has {self._total:g} optimizer steps, and "
-                    f"its window is steps {steps.start} to {steps.end}, every {steps.every}. "
-                    "Lower update_start or update_interval."
-                )
             windows.append((a.key, steps, frozenset(a.names)))
             for run in self._runs:
                 run.steps = steps if run.key == a.key else run.steps
         check_windows(windows)
+
+    def _warn_of_idle_methods(self) -> None:
+        for run in self._runs:
+            if run.steps is not None and not run.steps.opens(self._total):
+                self._warn_once(
+                    f"{run.key} makes no update: training has {self._total:g} optimizer steps, and "
+                    f"its window is steps {run.steps.start} to {run.steps.end}, every "
+                    f"{run.steps.every}. Lower update_start or update_interval."
+                )
 
     def _begin_all(self) -> None:
         """Begin every initial method, then the first updater on each parameter.
