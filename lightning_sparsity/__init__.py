@@ -28,6 +28,7 @@ from lightning_sparsity.distributions import (
     uniform,
     uniform_plus,
 )
+from lightning_sparsity.monitors import DensityMonitor
 from lightning_sparsity.schedules import (
     constant,
     cosine,
@@ -50,6 +51,7 @@ __all__ = [
     "SET",
     "Block",
     "Columns",
+    "DensityMonitor",
     "Magnitude",
     "MaskCallback",
     "RigL",

@@ -5,16 +5,17 @@ of biases, normalisation and activations count 0. With :math:`f_l` the forward F
 layer of a sparse weight, :math:`d_l` its density and :math:`f_o` all the rest,
 
 - inference: :math:`\sum_l f_l d_l + f_o`;
-- a training step: three times that (forward, gradient of the inputs, gradient of the
-  weights; as in the appendix of Evci et al., 2020), plus :math:`\sum_{l \in G} f_l (1 - d_l)` for the
-  layers :math:`G` whose weight gradient was needed densely.
+- a training step: three times that, for the outputs, the gradient of the inputs and the
+  gradient of the weights, and :math:`\sum_{l \in G} f_l (1 - d_l)` more for the layers
+  :math:`G` whose weight gradient was needed off the mask too. That is the count of Evci et
+  al. (2020).
 
 These are operations that hardware would need that skips every zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,8 +58,6 @@ class Flops:
         >>> flops = Flops({"fc.weight": 1000.0}, other=200.0)
         >>> flops.dense, flops.inference({"fc.weight": 0.1})
         (1200.0, 300.0)
-        >>> flops.training({"fc.weight": 0.1}), flops.training({"fc.weight": 0.1}, ["fc.weight"])
-        (900.0, 1800.0)
     """
 
     layers: Mapping[str, float] = field(default_factory=dict)
@@ -74,15 +73,9 @@ class Flops:
         """Of the whole model at these densities."""
         return sum(f * densities[name] for name, f in self.layers.items()) + self.other
 
-    def training(self, densities: Mapping[str, float], dense: Collection[str] = ()) -> float:
-        """Of a training step at these densities, per sample.
-
-        Args:
-            densities: By parameter name.
-            dense: Parameters whose gradient was needed off the mask as well.
-        """
-        extra = sum(self.layers[name] * (1 - densities[name]) for name in dense)
-        return 3 * self.inference(densities) + extra
+    def off_mask(self, densities: Mapping[str, float], names: Iterable[str]) -> float:
+        """Of the weight gradients of some layers where their weights are not live."""
+        return sum(self.layers[name] * (1 - densities[name]) for name in names)
 
 
 class FlopCounter(TorchDispatchMode):
@@ -103,7 +96,7 @@ class FlopCounter(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counting = True
         self._names = tuple(parameters)
         self._layers: dict[str, int] = {}
@@ -165,7 +158,9 @@ class FlopCounter(TorchDispatchMode):
 
     def per_sample(self, samples: int) -> Flops:
         """What was counted, divided by the number of samples."""
-        layers = {name: self._layers[name] / samples for name in self._names if name in self._layers}
+        layers = {
+            name: self._layers[name] / samples for name in self._names if name in self._layers
+        }
         unseen = [name for name in self._names if name not in layers]
         unknown = self._failure
         if not unknown and unseen:

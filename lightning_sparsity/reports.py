@@ -56,9 +56,7 @@ def allocation_table(masks: Masks, model: nn.Module | None = None) -> str:
     return "\n".join(lines)
 
 
-def final_table(
-    masks: Masks, courses: Mapping[str, Course], flops: Flops | None = None
-) -> str:
+def final_table(masks: Masks, courses: Mapping[str, Course], flops: Flops | None = None) -> str:
     """How the masks ended and what happened to them on the way.
 
     Args:
@@ -133,9 +131,7 @@ def time_line(seconds: float, batches: int) -> str:
 
 def memory_line(masks: Masks) -> str:
     """Bytes of the sparse parameters: dense, as they are stored, and as few as could be."""
-    least = sum(
-        kept.live * kept.parameter.element_size() + -(-kept.numel // 8) for kept in masks
-    )
+    least = sum(kept.live * kept.parameter.element_size() + -(-kept.numel // 8) for kept in masks)
     dense = sum(kept.numel * kept.parameter.element_size() for kept in masks)
     stored = sum(map(stored_bytes, masks))
     return (

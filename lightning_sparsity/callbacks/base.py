@@ -10,6 +10,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_sparsity.core.apportion import apportion
 from lightning_sparsity.core.filters import Selection, linear_and_conv
@@ -18,6 +19,7 @@ from lightning_sparsity.core.layer import Distribution, Layers, Rule, Schedule
 from lightning_sparsity.core.method import Observe, Role, Share
 from lightning_sparsity.core.window import Window
 from lightning_sparsity.distributions import fixes_total, per_layer, unmatched
+from lightning_sparsity.reports import allocation_table
 from lightning_sparsity.rules import chain, drop, find, grow
 from lightning_sparsity.scores import magnitude, random
 from lightning_sparsity.structures import NM, Structure
@@ -113,6 +115,15 @@ class MaskCallback(SparsityCallback):
         self.ramp = ramp
         self.initial_density = initial_density
         self.observe = observe
+
+    def on_masks_ready(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, keeper: MaskKeeper
+    ) -> None:
+        """Print the allocation, once, unless a monitor prints it."""
+        methods = [a for a in keeper.methods if isinstance(a, MaskCallback)]
+        monitored = any(getattr(c, "print_tables", False) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if keeper.masks is not None and self is methods[0] and not monitored:
+            rank_zero_info(allocation_table(keeper.masks, pl_module))
 
     # ----------------------------------------------------------- what the engine asks
 

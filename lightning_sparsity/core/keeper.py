@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lightning_sparsity.core import state
 from lightning_sparsity.core.layer import Layer, Layers
 from lightning_sparsity.core.masks import Masks
-from lightning_sparsity.core.method import Share
+from lightning_sparsity.core.method import Method, Share
 from lightning_sparsity.core.plan import Assignment, assign, check_windows
 from lightning_sparsity.core.randomness import default_seed, generator, set_rng_state
 from lightning_sparsity.core.run import Owner, Run, by_optimizer
@@ -75,6 +75,11 @@ class MaskKeeper(Callback):
     def runs(self) -> tuple[Run, ...]:
         """Every method at work, once per optimizer; read only."""
         return tuple(self._runs)
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The callbacks at work, initial ones first; read only."""
+        return tuple(a.method for a in self._assignments)
 
     # ------------------------------------------------------------------ start and end
 

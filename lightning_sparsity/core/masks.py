@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_sparsity.core.layer import Layer, Layers
 from lightning_sparsity.core.parameter import SparseParameter
-from lightning_sparsity.ops.masked import apply_gate, gate
+from lightning_sparsity.ops.masked import apply_gate
 
 
 class Masks:
@@ -71,15 +71,15 @@ class Masks:
         self.changes += 1
 
     def _commit(self, layer: Layer, kept: SparseParameter, optimizer: Optimizer | None) -> None:
-        if layer.mask is not kept.mask:
-            survivors = gate(kept.mask & layer.mask, kept.parameter)
+        changed = layer.mask is not kept.mask
+        if changed:
             kept.set_mask(layer.mask)
-            if optimizer is not None:
-                state = optimizer_state(kept, optimizer)
-                apply_gate(state, [survivors] * len(state))
         if layer.weight.data_ptr() != kept.parameter.data_ptr():
             kept.parameter.copy_(layer.weight)
-        apply_gate([kept.parameter], [kept.gate])
+        # State off the old mask is zero already, so the new mask clears all but survivors.
+        state = optimizer_state(kept, optimizer) if changed and optimizer is not None else []
+        if not kept.is_dense:
+            apply_gate([kept.parameter, *state], [kept.gate] * (1 + len(state)))
 
     @torch.no_grad()
     def enforce(

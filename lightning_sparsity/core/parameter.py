@@ -39,6 +39,7 @@ class SparseParameter:
         self.slots: dict[str, Tensor] = {}
         self._live: int | None = None
         self._gate: Tensor | None = None
+        self._gate_is_stale = True
 
     @property
     def weight(self) -> Tensor:
@@ -72,12 +73,17 @@ class SparseParameter:
         """The mask as bits that zero a tensor of the weight's dtype (see ``ops.masked``)."""
         if self._gate is None:
             self._gate = gate(self.mask, self.parameter)
+            self._gate_is_stale = False
+        elif self._gate_is_stale:
+            self._gate.copy_(self.mask).neg_()
+            self._gate_is_stale = False
         return self._gate
 
     def set_mask(self, mask: Tensor) -> None:
         """Overwrite the mask in place."""
         self.mask.copy_(mask)
-        self._live = self._gate = None
+        self._live = None
+        self._gate_is_stale = True
 
     def layer(self, grad: Tensor | None, generator: torch.Generator) -> Layer:
         """The frozen view that rules work on."""

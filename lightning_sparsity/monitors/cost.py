@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lightning_sparsity.flops import Flops
@@ -24,33 +24,28 @@ class TrainingCost:
         self._batches = 0
 
     @property
-    def known(self) -> bool:
-        """Whether FLOPs can be stated."""
-        return self.flops is not None and not self.flops.unknown
-
-    @property
     def spent(self) -> float:
         """Training FLOPs per sample, mean over the batches so far."""
         return self._spent / self._batches
 
-    def add(
-        self, densities: Mapping[str, float], dense: Collection[str] = (), batches: int = 1
-    ) -> None:
+    def add(self, densities: Mapping[str, float], dense: Mapping[str, int]) -> None:
         """Add one batch.
 
         Args:
             densities: Of the masks with which it was computed.
-            dense: Parameters whose gradient the batch was needed for off the mask, too.
-            batches: How many batches that gradient was gathered over.
+            dense: Parameters whose gradient was needed off the mask as well, and over how
+                many batches it was gathered.
         """
-        if self.flops is not None and self.known:
-            once = self.flops.training(densities)
-            self._spent += once + batches * (self.flops.training(densities, dense) - once)
-            self._batches += 1
+        if self.flops is None or self.flops.unknown:
+            return
+        self._spent += 3 * self.flops.inference(densities)
+        for name, batches in dense.items():
+            self._spent += batches * self.flops.off_mask(densities, [name])
+        self._batches += 1
 
     def metrics(self, densities: Mapping[str, float]) -> dict[str, float]:
         """``flops/`` of inference and training; nothing if they are not known."""
-        if self.flops is None or not self.known or not self._batches:
+        if self.flops is None or not self._batches:
             return {}
         inference = self.flops.inference(densities)
         return {

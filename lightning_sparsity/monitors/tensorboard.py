@@ -66,3 +66,8 @@ def write_histogram(writer: Any, tag: str, values: Tensor, step: int) -> None:
         bucket_counts=counts.tolist(),
         global_step=step,
     )
+
+
+def write_text(writer: Any, tag: str, text: str, step: int) -> None:
+    """Write a table so that its columns stay aligned."""
+    writer.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()), step)

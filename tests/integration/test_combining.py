@@ -53,7 +53,9 @@ def test_a_density_scales_the_budgets_that_were_found() -> None:
 
 
 def test_a_distribution_replaces_the_budgets_that_were_found() -> None:
-    found = fit([StaticSparse(0.3, distribution=uniform), RigL(distribution=erk, update_interval=4)])
+    found = fit(
+        [StaticSparse(0.3, distribution=uniform), RigL(distribution=erk, update_interval=4)]
+    )
     assert counts(found) == counts(fit([StaticSparse(0.3, distribution=erk)]))
 
 

@@ -1,7 +1,7 @@
 """The examples run, on small data and for a few epochs."""
 
 import gzip
-import json
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
@@ -29,6 +30,13 @@ from lightning_sparsity import (
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 Run = Callable[..., dict[str, Any]]
+# The resumed run writes where the one that stopped has written.
+EXISTS = pytest.mark.filterwarnings("ignore:Checkpoint directory")
+
+
+@pytest.fixture(autouse=True)
+def _lightning_2_6_calls_what_jsonargparse_4_49_deprecates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 
 @pytest.fixture
@@ -64,6 +72,7 @@ def digits(tmp_path: Path) -> Path:
     return directory
 
 
+@EXISTS
 def test_quickstart(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run("quickstart.py", "--epochs", 2, "--density", 0.2)
     printed = capsys.readouterr().out
@@ -72,18 +81,23 @@ def test_quickstart(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert "density 0.2000" in printed
 
 
+@pytest.mark.filterwarnings("ignore:RigL makes no update")
 @pytest.mark.parametrize("method", ["rigl", "set", "static", "gmp", "magnitude", "dense"])
 def test_mnist(run: Run, digits: Path, capsys: pytest.CaptureFixture[str], method: str) -> None:
     run("mnist_rigl.py", "--data-dir", digits, "--method", method, "--epochs", 2)
-    live = 266200 if method == "dense" else 13310
-    assert f"{live} of 266200" in capsys.readouterr().out
+    live = int(re.search(r"(\d+) of 266200", capsys.readouterr().out)[1])
+    budget = 266200 if method == "dense" else 13310
+    assert 0.9 * budget < live <= budget  # some weights that grew had no gradient yet
 
 
+@EXISTS
 def test_mnist_resumes(run: Run, digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("mnist_rigl.py", "--data-dir", digits)
+    arguments = ("mnist_rigl.py", "--data-dir", digits, "--method", "static")
     run(*arguments, "--epochs", 1)
     run(*arguments, "--epochs", 2, "--resume")
-    assert "13310 of 266200" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert printed.out.count("13310 of 266200") == 2
+    assert "Epoch 0" not in printed.out.rpartition("13310 of 266200")[0].partition("13310")[2]
 
 
 def test_mnist_says_what_is_missing(
@@ -132,7 +146,7 @@ def test_reader_reads_what_was_written(tmp_path: Path) -> None:
     assert torch.equal(read_idx(tmp_path / "file"), tensor)
 
 
-def test_cli(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cli(run: Run) -> None:
     config = EXAMPLES / "rigl.yaml"
     run("cli.py", "fit", "--config", config, "--trainer.max_epochs", 2)
     (checkpoint,) = Path("runs").rglob("*.ckpt")
@@ -146,13 +160,23 @@ class Model(LightningModule):
     pass
 
 
-def from_config(tmp_path: Path, callback: str, arguments: dict[str, Any]) -> MaskCallback:
-    """The callback that LightningCLI makes of this configuration."""
-    entry = {"class_path": f"lightning_sparsity.{callback}", "init_args": arguments}
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({"trainer": {"callbacks": [entry]}}))
-    cli = LightningCLI(Model, args=["--config", str(path)], run=False, save_config_callback=None)
-    return next(c for c in cli.trainer.callbacks if isinstance(c, MaskCallback))
+@pytest.fixture
+def from_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, dict[str, Any]], MaskCallback]:
+    """Makes the callback of a configuration: written to a file, read, saved, and read again."""
+    path = tmp_path / "config.yaml"
+    monkeypatch.setattr(sys, "argv", ["cli", "--config", str(path)])
+
+    def from_config(callback: str, arguments: dict[str, Any]) -> MaskCallback:
+        entry = {"class_path": f"lightning_sparsity.{callback}", "init_args": arguments}
+        path.write_text(yaml.safe_dump({"trainer": {"logger": False, "callbacks": [entry]}}))
+        saved = LightningCLI(Model, run=False, save_config_callback=None)
+        path.write_text(saved.parser.dump(saved.config))
+        again = LightningCLI(Model, run=False, save_config_callback=None)
+        return next(c for c in again.trainer.callbacks if isinstance(c, MaskCallback))
+
+    return from_config
 
 
 @pytest.mark.parametrize(
@@ -193,9 +217,9 @@ def from_config(tmp_path: Path, callback: str, arguments: dict[str, Any]) -> Mas
     ],
 )
 def test_config_means_what_code_does(
-    tmp_path: Path, arguments: dict[str, Any], expected: MaskCallback
+    from_config: Any, arguments: dict[str, Any], expected: MaskCallback
 ) -> None:
-    made = from_config(tmp_path, "RigL", {"density": 0.1, **arguments})
+    made = from_config("RigL", {"density": 0.1, **arguments})
     for name in ("density", "distribution", "window", "structure", "include"):
         assert getattr(made, name) == getattr(expected, name)
     assert made.exclude == expected.exclude or (not made.exclude and not expected.exclude)
@@ -212,7 +236,7 @@ def test_config_means_what_code_does(
         ),
     ],
 )
-def test_config_gives_a_ramp(tmp_path: Path, ramp: Any, halfway: float) -> None:
-    made = from_config(tmp_path, "GMP", {"density": 0.1} | ({"ramp": ramp} if ramp else {}))
+def test_config_gives_a_ramp(from_config: Any, ramp: Any, halfway: float) -> None:
+    made = from_config("GMP", {"density": 0.1} | ({"ramp": ramp} if ramp else {}))
     assert made.ramp is not None
     assert made.ramp(1.0, 0.1)(0.5) == halfway

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_sparsity
+from lightning_sparsity.distributions import apportion
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 class Classifier(LightningModule):
@@ -72,6 +73,18 @@ def test_config_names_what_exists() -> None:
     assert package == "lightning_sparsity"
     arguments["distribution"] = getattr(lightning_sparsity, distribution)
     getattr(lightning_sparsity, callback["class_path"].rpartition(".")[2])(**arguments)
+
+
+@pytest.mark.parametrize(
+    "page", ["combining", "custom", "distributions", "parameters", "schedules"]
+)
+def test_code_of_the_documentation_runs(page: str) -> None:
+    names: dict[str, object] = {"nn": nn, "apportion": apportion}
+    exec("from lightning_sparsity import *", names)
+    found = blocks("python", (ROOT / "docs" / f"{page}.md").read_text())
+    assert found
+    for block in found:
+        exec(block, names)
 
 
 def test_ci_runs_the_second_command() -> None:

@@ -1,0 +1,295 @@
+"""DensityMonitor: logs densities, churn, exploration and FLOPs; reports at start and end."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_sparsity import reports
+from lightning_sparsity.callbacks.base import SparsityCallback
+from lightning_sparsity.core.keeper import MaskKeeper
+from lightning_sparsity.monitors import tensorboard
+from lightning_sparsity.monitors.watch import Watch
+
+
+class DensityMonitor(SparsityCallback):
+    r"""Watches sparse training: logs it, draws it and reports on it. Changes nothing.
+
+    To every logger, on the steps on which Lightning logs and after the last one:
+
+    ===========================  ======================================================
+    ``density/total``            live weights / weights
+    ``churn/total``              weights that the last update dropped / live before it
+    ``itop/total``               weights ever live / weights: in-time
+                                 over-parameterisation, :math:`R_s`
+    ``drop_fraction/RigL``       share of the live weights that an update drops at
+                                 present, by callback; 0 outside its window
+    ``flops/inference``          :math:`F = \sum_l f_l d_l + f_o`, per sample
+    ``flops/training``           per sample, mean of the training so far
+    ``flops/inference_ratio``    the same, divided by those of the dense model
+    ``flops/training_ratio``
+    ===========================  ======================================================
+
+    The first three also by parameter, such as ``density/net.0.weight``. :math:`f_l` are the
+    forward FLOPs of a layer (2 per multiply-accumulate), :math:`d_l` its density and
+    :math:`f_o` the FLOPs of everything else. A training step counts :math:`3F`, and
+    :math:`\sum_l f_l (1 - d_l)` more for the dense weight gradients on which an update is
+    based. They are what hardware would need that skips every zero, counted during the
+    forward pass of the first batch. In compiled models that pass cannot be seen: their FLOPs
+    are reported as unknown and not logged.
+
+    TensorBoard also gets a page of charts (custom scalars), histograms of the live weights,
+    a picture of the densities over time, and the two reports. They are printed as well: the
+    allocation before the first step, and in the end what became of it, with theoretical
+    FLOPs beside measured time and bytes. The progress bar shows the density.
+
+    Without a sparsity method in the Trainer it reports a dense model.
+
+    Args:
+        per_layer: Whether to log densities, churn and :math:`R_s` of each parameter.
+        histograms: When TensorBoard gets histograms and the picture: batches between them,
+            "epoch", or None for never.
+        print_tables: Whether to print the reports.
+
+    Raises:
+        ValueError: If ``histograms`` is not a positive number of batches, "epoch" or None.
+
+    Example::
+
+        Trainer(callbacks=[RigL(density=0.1), DensityMonitor()])
+    """
+
+    def __init__(
+        self,
+        *,
+        per_layer: bool = True,
+        histograms: int | Literal["epoch"] | None = "epoch",
+        print_tables: bool = True,
+    ) -> None:
+        whole = isinstance(histograms, int) and not isinstance(histograms, bool)
+        if not (histograms in (None, "epoch") or (whole and int(histograms) > 0)):
+            raise ValueError(
+                f"DensityMonitor(histograms={histograms!r}): must be a positive number of batches, "
+                '"epoch", or None for no histograms.'
+            )
+        self.per_layer = per_layer
+        self.histograms = histograms
+        self.print_tables = print_tables
+        self._restored: dict[str, Any] = {}
+        self._model: Callable[[], pl.LightningModule | None] = _nobody
+        self._watch: Watch | None = None
+        self._logged = True
+        self._drawn = -1
+
+    # ------------------------------------------------------------------ start and end
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Bring the keeper; forget what belongs to another model."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            if self._model() is not pl_module:
+                self._restored = {}
+            self._model = weakref.ref(pl_module)
+
+    def on_masks_ready(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, keeper: MaskKeeper
+    ) -> None:
+        """The masks are made or restored, and no step was taken yet: report them.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The model.
+            keeper: Owner of the masks.
+        """
+        self._watch = Watch(keeper, pl_module, _step(trainer))
+        self._watch.load_state_dict(self._restored)
+        self._restored = {}
+        self._logged, self._drawn = True, -1
+        for writer in tensorboard.writers(trainer):
+            writer.add_custom_scalars(tensorboard.layout())
+        self._report(trainer, "start", reports.allocation_table(self._watch.masks, pl_module))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what is not logged yet, and report."""
+        if self._watch is None or not self._watch.batches:
+            return
+        if not self._logged:
+            self._log(trainer, _step(trainer) - 1)
+        if self.histograms is not None:
+            self._draw(trainer, _step(trainer) - 1)
+        self._report(trainer, "end", self._watch.report())
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the model. The state stays, for another ``fit`` of the same one."""
+        self._release()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Let go of the model."""
+        self._release()
+
+    def _release(self) -> None:
+        if self._watch is not None:
+            self._watch.stop_counting()
+            self._restored = self._watch.state_dict()
+            self._watch = None
+
+    # ---------------------------------------------------------------------- each batch
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the time; in the first batch, start to count FLOPs."""
+        if self._watch is not None:
+            self._watch.clock.start_batch()
+            self._watch.start_counting()
+
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        """With automatic optimization, the forward pass is over."""
+        if self._watch is not None and pl_module.automatic_optimization:
+            self._watch.end_forward()
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """See masks that live for one of several steps in a batch only."""
+        if self._watch is not None:
+            self._watch.tracker.look()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Look at the masks; log on logging steps."""
+        watch = self._watch
+        if watch is None:
+            return
+        known = watch.cost.flops is not None
+        updated = watch.end_batch(_samples(batch), trainer.accumulate_grad_batches, _step(trainer))
+        if watch.cost.flops is not None and not known:
+            self._print(reports.flops_line(watch.cost.flops, watch.tracker.densities))
+        if (updated or watch.batches == 1) and not trainer.barebones:
+            _show(pl_module, watch.tracker.density)
+        if _accumulates(trainer):
+            return
+        self._logged = _is_logging_step(trainer)
+        if self._logged:
+            self._log(trainer, _step(trainer))
+        if isinstance(self.histograms, int) and (_step(trainer) + 1) % self.histograms == 0:
+            self._draw(trainer, _step(trainer))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw, if that is due."""
+        if self._watch is not None:
+            self._watch.stop_counting()  # an epoch can be cut short before its batch ends
+            self._watch.clock.pause()
+            if self.histograms == "epoch":
+                self._draw(trainer, _step(trainer) - 1)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Validation is not part of a batch's time."""
+        if self._watch is not None:
+            self._watch.clock.pause()
+
+    # ------------------------------------------------------------------------- output
+
+    def _log(self, trainer: pl.Trainer, step: int) -> None:
+        assert self._watch is not None
+        if not (trainer.is_global_zero and trainer.loggers):
+            return
+        found = self._watch.metrics()
+        if not self.per_layer:
+            layers = self._watch.tracker.names
+            found = {k: v for k, v in found.items() if k.partition("/")[2] not in layers}
+        for logger in trainer.loggers:
+            logger.log_metrics(found, step)
+
+    def _draw(self, trainer: pl.Trainer, step: int) -> None:
+        assert self._watch is not None
+        if step == self._drawn:
+            return
+        self._drawn = step
+        for writer in tensorboard.writers(trainer):
+            for kept in self._watch.masks:
+                tensorboard.write_histogram(
+                    writer, f"live weights/{kept.name}", kept.weight[kept.mask], step
+                )
+            picture = self._watch.history.picture(step, self._watch.tracker.densities)
+            if picture is not None:
+                writer.add_image("density of each layer over time", picture, step)
+
+    def _report(self, trainer: pl.Trainer, when: str, text: str) -> None:
+        self._print(f"\n{text}\n")
+        for writer in tensorboard.writers(trainer):
+            tensorboard.write_text(writer, f"sparsity at the {when}", text, _step(trainer))
+
+    def _print(self, text: str) -> None:
+        if self.print_tables:
+            rank_zero_info(text)
+
+    # -------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain Python only; masks at one bit per weight."""
+        return self._restored if self._watch is None else self._watch.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Only store: the state is applied when the masks are ready."""
+        self._restored = dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles without the model."""
+        state = {**super().__getstate__(), "_model": _nobody, "_watch": None}
+        return {**state, "_restored": self.state_dict()}
+
+
+def _nobody() -> None:
+    """Stands for a model that is gone."""
+
+
+def _step(trainer: pl.Trainer) -> int:
+    """The step at which Lightning logs the present batch; one more after its end."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def _accumulates(trainer: pl.Trainer) -> bool:
+    """Whether the optimizer step of this batch is still to come."""
+    automatic = trainer.lightning_module.automatic_optimization
+    return automatic and trainer.fit_loop._should_accumulate()
+
+
+def _is_logging_step(trainer: pl.Trainer) -> bool:
+    always = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+    return always or trainer._logger_connector.should_update_logs
+
+
+def _samples(batch: Any) -> int:
+    """Samples in a batch; 1 if that cannot be told."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return max(1, int(extract_batch_size(batch)))
+        except Exception:
+            return 1
+
+
+def _show(pl_module: pl.LightningModule, density: float) -> None:
+    """Put the density into the progress bar."""
+    pl_module.log(
+        "density", density, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1
+    )

@@ -1,0 +1,163 @@
+"""Watch: what a monitor knows about one ``fit``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightning_sparsity import reports
+from lightning_sparsity.core.keeper import MaskKeeper
+from lightning_sparsity.core.masks import Masks
+from lightning_sparsity.core.run import Run
+from lightning_sparsity.flops import FlopCounter, Flops, is_compiled
+from lightning_sparsity.monitors.cost import BatchClock, TrainingCost
+from lightning_sparsity.monitors.picture import DensityHistory
+from lightning_sparsity.monitors.tracker import MaskTracker
+from lightning_sparsity.scores import needs_gradient
+
+
+class Watch:
+    """Follows masks, FLOPs and time from the first step of a ``fit`` to its end.
+
+    Args:
+        keeper: Owner of the masks, made or restored.
+        model: The model being fitted.
+        step: The step of the loggers at which it begins.
+
+    Attributes:
+        masks: The masks.
+        tracker: What happened to them.
+        history: Their densities over time.
+        cost: FLOPs of the model and the training.
+        clock: Time per batch.
+        batches: Batches of this ``fit`` so far.
+    """
+
+    def __init__(self, keeper: MaskKeeper, model: pl.LightningModule, step: int) -> None:
+        assert keeper.masks is not None
+        self.masks: Masks = keeper.masks
+        self.tracker = MaskTracker(self.masks)
+        self.history = DensityHistory(self.tracker.names)
+        self.history.record(step, self.tracker.densities)
+        self.cost = TrainingCost()
+        self.clock = BatchClock()
+        self.batches = 0
+        self._keeper = keeper
+        self._model = model
+        self._updates = [run.updates for run in keeper.runs]
+        self._counter: FlopCounter | None = None
+        self._forward_ended = False
+
+    # -------------------------------------------------------------------------- FLOPs
+
+    def start_counting(self) -> None:
+        """Count the FLOPs of the forward pass that follows, unless they are known."""
+        if self.cost.flops is None and is_compiled(self._model):
+            self.cost.flops = Flops(unknown="the model is compiled")
+        if self.cost.flops is None:
+            self._counter = FlopCounter({kept.name: kept.parameter for kept in self.masks})
+            self._counter.__enter__()  # type: ignore[no-untyped-call]
+
+    def end_forward(self) -> None:
+        """Count no further."""
+        self._forward_ended = True
+        if self._counter is not None:
+            self._counter.counting = False
+
+    def stop_counting(self) -> FlopCounter | None:
+        """Leave the counter; to be called where no user code is under way."""
+        counter, self._counter = self._counter, None
+        if counter is not None:
+            counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        return counter
+
+    # ---------------------------------------------------------------------- each batch
+
+    def end_batch(self, samples: int, accumulated: int, step: int) -> bool:
+        """Take the batch into account.
+
+        Args:
+            samples: In the batch.
+            accumulated: Batches per optimizer step.
+            step: Of the loggers.
+
+        Returns:
+            Whether any mask was updated.
+        """
+        counter = self.stop_counting()
+        if counter is not None and (self._forward_ended or not self._model.automatic_optimization):
+            self.cost.flops = counter.per_sample(samples)
+        updated = self._updated()
+        observed = [run for run in self._keeper.runs if run.method.observe is not None]
+        dense = {name: 1 for run in observed for name in run.names}
+        for run in updated:
+            if needs_gradient(run.method.rule):
+                dense.update({name: accumulated for name in run.names if name not in dense})
+        self.cost.add(self.tracker.densities, dense)
+        self.tracker.update({name for run in updated for name in run.names})
+        if updated:
+            self.history.record(step, self.tracker.densities)
+        self.batches += 1
+        return bool(updated)
+
+    def _updated(self) -> list[Run]:
+        """Runs that made an update since the last call."""
+        before, self._updates = self._updates, [run.updates for run in self._keeper.runs]
+        return [
+            run
+            for run, then, now in zip(self._keeper.runs, before, self._updates, strict=True)
+            if now != then
+        ]
+
+    # ------------------------------------------------------------------------- output
+
+    def metrics(self) -> dict[str, float]:
+        """Everything that is logged, by name."""
+        return {
+            **self.tracker.metrics(),
+            **self._drop_fractions(),
+            **self.cost.metrics(self.tracker.densities),
+        }
+
+    def _drop_fractions(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for run in self._keeper.runs:
+            at = getattr(run.method, "drop_fraction_at", None)
+            fraction = at(run.progress) if at is not None and run.steps is not None else None
+            if fraction is not None and run.steps is not None:
+                inside = run.steps.start <= run.owner.steps <= run.steps.end
+                found.setdefault(f"drop_fraction/{run.key}", fraction if inside else 0.0)
+        return found
+
+    def report(self) -> str:
+        """What became of the masks; theoretical FLOPs beside measured time and bytes."""
+        flops = self.cost.flops or Flops(unknown="no batch was trained")
+        parts = []
+        if len(self.masks):
+            parts.append(reports.final_table(self.masks, self.tracker.courses(), flops))
+        parts.append(reports.flops_line(flops, self.tracker.densities))
+        if not flops.unknown:
+            parts.append(reports.training_flops_line(self.cost.spent, flops))
+        if len(self.clock):
+            parts.append(reports.time_line(self.clock.median, len(self.clock)))
+        if len(self.masks):
+            parts.append(reports.memory_line(self.masks))
+        return "\n".join(parts)
+
+    # -------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain Python only; masks at one bit per weight."""
+        return {
+            "version": 1,
+            "masks": self.tracker.state_dict(),
+            "history": self.history.state_dict(),
+            "cost": self.cost.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state, if it is one of the same parameters."""
+        if state and self.tracker.load_state_dict(state["masks"]):
+            self.history.load_state_dict(state["history"])
+            self.cost.load_state_dict(state["cost"])
