@@ -84,9 +84,9 @@ def final_table(masks: Masks, courses: Mapping[str, Course], flops: Flops | None
         at_end = {kept.name: kept.density for kept in masks}
         for row, kept in zip(rows, masks, strict=False):
             dense = flops.layers.get(kept.name)
-            row.append("?" if dense is None else quantity(dense * kept.density))
+            row.append("?" if dense is None else quantity(dense * kept.density).strip())
         total = sum(f * at_end[name] for name, f in flops.layers.items())
-        rows[-1].append("?" if len(flops.layers) < len(masks) else quantity(total))
+        rows[-1].append("?" if len(flops.layers) < len(masks) else quantity(total).strip())
     return _table(header, rows)
 
 
@@ -123,9 +123,9 @@ def time_line(seconds: float, batches: int) -> str:
         batches: How many batches were measured.
     """
     return (
-        f"Measured: {quantity(seconds)}s per batch (median of {batches}, data loading included). "
-        "The weights are stored densely, so the zeros are computed too: FLOPs saved above are "
-        "not time saved here."
+        f"Measured: {quantity(seconds)}s per batch, median of {batches}, data loading included.\n"
+        "The weights are stored densely and the zeros are computed too: the FLOPs saved above "
+        "are no time saved."
     )
 
 
@@ -135,8 +135,8 @@ def memory_line(masks: Masks) -> str:
     dense = sum(kept.numel * kept.parameter.element_size() for kept in masks)
     stored = sum(map(stored_bytes, masks))
     return (
-        f"Memory of the sparse weights: {quantity(dense)}B dense, {quantity(stored)}B now with "
-        f"their masks; live values and a bitmap alone would take {quantity(least)}B."
+        f"Memory of these parameters: {quantity(dense)}B dense, {quantity(stored)}B now with "
+        f"masks; live values and a bitmap alone would be {quantity(least)}B."
     )
 
 

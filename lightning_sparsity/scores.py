@@ -6,7 +6,7 @@ them up over a unit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -87,6 +87,31 @@ class slot:
 
 momentum = slot("momentum")
 """Absolute mean of dense gradients, gathered by ``observe=average_gradient(beta)``."""
+
+
+@dataclass(frozen=True)
+class average_gradient:
+    """An ``observe=`` that keeps the running mean of dense gradients in the slot "momentum".
+
+    Args:
+        beta: Share of the old mean that stays at every step, in [0, 1).
+
+    Raises:
+        ValueError: If ``beta`` lies outside [0, 1).
+    """
+
+    beta: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"{self}: beta must lie in [0, 1); 0.9 is usual.")
+
+    def __call__(self, layer: Layer) -> Mapping[str, Tensor]:
+        """The new mean, by slot name; one dense tensor per layer."""
+        grad = _grad(layer, "average_gradient")
+        mean = layer.slots.get("momentum")
+        mean = torch.zeros_like(grad) if mean is None else mean
+        return {"momentum": mean.lerp_(grad, 1 - self.beta)}
 
 
 def _grad(layer: Layer, score: str) -> Tensor:

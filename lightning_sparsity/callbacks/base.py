@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_sparsity.core.apportion import apportion
+from lightning_sparsity.core.capture import Statistic
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.keeper import MaskKeeper
 from lightning_sparsity.core.layer import Distribution, Layers, Rule, Schedule
@@ -62,6 +63,7 @@ class MaskCallback(SparsityCallback):
             window; None: the density stays.
         initial_density: Where the ramp starts when no earlier callback made masks.
         observe: Fills slots from the dense gradients before every step.
+        statistics: "inputs" and "output_grads", where updates read ``layer.statistics``.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -87,6 +89,7 @@ class MaskCallback(SparsityCallback):
         ramp: Callable[[float, float], Schedule] | None = None,
         initial_density: float = 1.0,
         observe: Observe | None = None,
+        statistics: Collection[Statistic] = (),
     ) -> None:
         self._check_types(structure, seed)
         if isinstance(structure, NM):
@@ -115,14 +118,16 @@ class MaskCallback(SparsityCallback):
         self.ramp = ramp
         self.initial_density = initial_density
         self.observe = observe
+        self.statistics = frozenset(statistics)
 
     def on_masks_ready(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, keeper: MaskKeeper
     ) -> None:
         """Print the allocation, once, unless a monitor prints it."""
-        methods = [a for a in keeper.methods if isinstance(a, MaskCallback)]
-        monitored = any(getattr(c, "print_tables", False) for c in trainer.callbacks)  # type: ignore[attr-defined]
-        if keeper.masks is not None and self is methods[0] and not monitored:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        first = next(c for c in callbacks if isinstance(c, MaskCallback))
+        monitored = any(getattr(c, "print_tables", False) for c in callbacks)
+        if keeper.masks is not None and self is first and not monitored:
             rank_zero_info(allocation_table(keeper.masks, pl_module))
 
     # ----------------------------------------------------------- what the engine asks

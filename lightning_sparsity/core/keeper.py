@@ -15,9 +15,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_sparsity.core import state
+from lightning_sparsity.core.capture import Capture
 from lightning_sparsity.core.layer import Layer, Layers
 from lightning_sparsity.core.masks import Masks
-from lightning_sparsity.core.method import Method, Share
+from lightning_sparsity.core.method import Share
 from lightning_sparsity.core.plan import Assignment, assign, check_windows
 from lightning_sparsity.core.randomness import default_seed, generator, set_rng_state
 from lightning_sparsity.core.run import Owner, Run, by_optimizer
@@ -75,11 +76,6 @@ class MaskKeeper(Callback):
     def runs(self) -> tuple[Run, ...]:
         """Every method at work, once per optimizer; read only."""
         return tuple(self._runs)
-
-    @property
-    def methods(self) -> tuple[Method, ...]:
-        """The callbacks at work, initial ones first; read only."""
-        return tuple(a.method for a in self._assignments)
 
     # ------------------------------------------------------------------ start and end
 
@@ -142,6 +138,8 @@ class MaskKeeper(Callback):
             self._restored = {k: v for k, v in self.state_dict().items() if k != "rng"}
         for handle in self._handles:
             handle.remove()
+        for owner in self._owners:
+            owner.forget()
         self._handles, self._owners, self._runs, self._assignments = [], [], [], []
         self._trainer = self.masks = None
         self._in_batch = False
@@ -217,6 +215,7 @@ class MaskKeeper(Callback):
             self.masks[name].layer(
                 grad=run.owner.kept.get(name),
                 generator=generator(seed, run.key, name, run.updates),
+                statistics=run.owner.capture.of(name) if run.owner.capture else None,
             )
             for name in run.names
         ]
@@ -224,8 +223,17 @@ class MaskKeeper(Callback):
     # ---------------------------------------------------------------------- each step
 
     def on_train_batch_start(self, *args: Any) -> None:
-        """Optimizer steps count as training from here."""
+        """Optimizer steps count as training from here; record activations if asked to."""
         self._in_batch = True
+        ending = self._ending_epoch()
+        for run in self._runs:
+            if run.method.statistics and run.due(ending, self._total, ahead=1):
+                self._capture(run.owner)
+
+    def _capture(self, owner: Owner) -> None:
+        if owner.capture is None:
+            wanted = {s for run in self._runs if run.owner is owner for s in run.method.statistics}
+            owner.capture = Capture(owner.parameters, wanted)
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Count the steps that were skipped; those outside a batch are not training."""
@@ -284,12 +292,11 @@ class MaskKeeper(Callback):
         if not (owner.masked and self._gradients_stay_masked and owner.keeps_zeros()):
             self.masks.enforce(owner.parameters, optimizer)
         owner.steps += 1
-        owner.masked = False
         ending = self._ending_epoch()
         for run in self._runs:
             if run.owner is owner and run.due(ending, self._total):
                 self._update(run)
-        owner.kept = {}
+        owner.forget()
         owner.remember()
 
     def _skip(self, owner: Owner) -> None:
@@ -299,8 +306,7 @@ class MaskKeeper(Callback):
             if run.owner is owner:
                 run.pending |= run.due(ending, self._total, ahead=1)
         owner.steps += 1
-        owner.masked = False
-        owner.kept = {}
+        owner.forget()
 
     def _update(self, run: Run) -> None:
         assert self.masks is not None

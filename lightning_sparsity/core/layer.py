@@ -23,6 +23,8 @@ class Layer:
         mask: Same shape, bool, True = live.
         grad: Dense gradient of the last optimizer step, or None if it was not kept.
         slots: The method's own tensors, by name.
+        statistics: Inputs and output gradients of this step's micro-batches, by name, if
+            the method asked for them.
         structure: What one unit is.
         layout: Where outputs and inputs lie.
         generator: CPU generator of this layer and update, the same on every rank.
@@ -33,6 +35,7 @@ class Layer:
     mask: Tensor
     grad: Tensor | None = None
     slots: Mapping[str, Tensor] = field(default_factory=dict)
+    statistics: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
     structure: Structure = field(default_factory=Unstructured)
     layout: Layout = field(default_factory=Layout)
     generator: torch.Generator | None = None

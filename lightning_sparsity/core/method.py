@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from lightning_sparsity.core.capture import Statistic
 from lightning_sparsity.core.filters import Selection
 from lightning_sparsity.core.layer import Layer, Layers, Rule
 from lightning_sparsity.core.window import Window
@@ -49,6 +50,7 @@ class Method(Protocol):
         window: When updates run.
         rule: What an update does; None: nothing after the start.
         observe: Fills slots from dense gradients, or None.
+        statistics: What updates need of the layers' activations, if anything.
         ramps: Whether the density changes in the window. If not, the last step of
             training is never followed by an update, as nothing would train on it.
         seed: Of random choices; None: the run's.
@@ -62,6 +64,7 @@ class Method(Protocol):
     window: Window
     rule: Rule | None
     observe: Observe | None
+    statistics: Collection[Statistic]
     ramps: bool
     seed: int | None
     density: float | None

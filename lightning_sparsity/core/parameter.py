@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,7 @@ class SparseParameter:
         name: Plain parameter name.
         aliases: Every name under which the model's ``state_dict`` holds the weight.
         parameter: The parameter itself.
+        module: The layer that holds it.
         mask: Same shape, bool, True = live. Its identity never changes.
         slots: Tensors that a method keeps for this weight.
     """
@@ -33,6 +36,7 @@ class SparseParameter:
         self.name = candidate.name
         self.aliases = candidate.aliases
         self.parameter: nn.Parameter = candidate.parameter
+        self.module = candidate.module
         self.layout = candidate.layout
         self.structure = structure
         self.mask = torch.ones_like(candidate.parameter, dtype=torch.bool)
@@ -85,7 +89,12 @@ class SparseParameter:
         self._live = None
         self._gate_is_stale = True
 
-    def layer(self, grad: Tensor | None, generator: torch.Generator) -> Layer:
+    def layer(
+        self,
+        grad: Tensor | None,
+        generator: torch.Generator,
+        statistics: Mapping[str, tuple[Tensor, ...]] | None = None,
+    ) -> Layer:
         """The frozen view that rules work on."""
         return Layer(
             name=self.name,
@@ -93,6 +102,7 @@ class SparseParameter:
             mask=self.mask,
             grad=grad,
             slots=self.slots,
+            statistics=statistics or {},
             structure=self.structure,
             layout=self.layout,
             generator=generator,

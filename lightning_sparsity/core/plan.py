@@ -56,6 +56,7 @@ def assign(
             first = chosen.get(candidate.name)
             structure = _structure(key, method, candidate, first)
             chosen.setdefault(candidate.name, (candidate, structure, key))
+        _check_capture(key, method, found)
         assignments.append(Assignment(key, method, tuple(c.name for c in found)))
     ordered = [chosen[c.name] for c in pool if c.name in chosen]
     return assignments, [SparseParameter(candidate, unit) for candidate, unit, _ in ordered]
@@ -100,6 +101,15 @@ def _select(key: str, method: Method, pool: list[Candidate]) -> list[Candidate]:
                 "module before fit."
             )
     return [candidate for candidate in found if candidate.parameter.numel()]
+
+
+def _check_capture(key: str, method: Method, found: Sequence[Candidate]) -> None:
+    for candidate in found if method.statistics else ():
+        if any("_orig_mod" in alias for alias in candidate.aliases):
+            raise MisconfigurationException(
+                f"{key} reads the activations of {candidate.name}, which is inside a compiled "
+                "module, where hooks never fire. Leave that module uncompiled."
+            )
 
 
 def _structure(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_sparsity.core.capture import Capture
 from lightning_sparsity.core.method import Method, Share
 from lightning_sparsity.core.parameter import SparseParameter
 from lightning_sparsity.core.window import Steps
@@ -37,6 +38,7 @@ class Owner:
         steps: Steps it was asked for in training, skipped ones included.
         masked: Whether gradients were masked for a step that has not come yet.
         kept: Dense gradients of this step, by parameter name, where a method needs them.
+        capture: Records activations for an update that is due at the next step.
     """
 
     optimizer: Optimizer | None
@@ -44,7 +46,16 @@ class Owner:
     steps: int = 0
     masked: bool = False
     kept: dict[str, Tensor] = field(default_factory=dict)
+    capture: Capture | None = None
     _versions: list[int] = field(default_factory=list)
+
+    def forget(self) -> None:
+        """Let go of what was kept for one step."""
+        self.kept = {}
+        self.masked = False
+        if self.capture is not None:
+            self.capture.close()
+            self.capture = None
 
     def stepped(self) -> bool:
         """Whether a step of the optimizer that just ended changed the weights."""

@@ -214,7 +214,7 @@ class DensityMonitor(SparsityCallback):
             return
         found = self._watch.metrics()
         if not self.per_layer:
-            layers = self._watch.tracker.names
+            layers = set(self._watch.tracker.names)
             found = {k: v for k, v in found.items() if k.partition("/")[2] not in layers}
         for logger in trainer.loggers:
             logger.log_metrics(found, step)
