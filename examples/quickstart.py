@@ -118,12 +118,13 @@ def make_net(hidden: int) -> nn.Sequential:
 def make_trainer(args: argparse.Namespace, run: str, *callbacks: Callback) -> Trainer:
     """A Trainer with sparse training, a dashboard and checkpoints."""
     sparse = RigL(density=args.density, update_interval=20)
+    monitor = DensityMonitor(print_tables=run == "whole")
     last = ModelCheckpoint(args.output / run, filename="last", enable_version_counter=False)
     return Trainer(
         max_epochs=args.epochs,
         accelerator="cpu",
-        logger=TensorBoardLogger(args.output, name="tensorboard", version=run),
-        callbacks=[sparse, DensityMonitor(), last, *callbacks],
+        logger=TensorBoardLogger(args.output, "tensorboard", version=run),
+        callbacks=[sparse, monitor, last, *callbacks],
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=10,

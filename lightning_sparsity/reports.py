@@ -84,9 +84,9 @@ def final_table(masks: Masks, courses: Mapping[str, Course], flops: Flops | None
         at_end = {kept.name: kept.density for kept in masks}
         for row, kept in zip(rows, masks, strict=False):
             dense = flops.layers.get(kept.name)
-            row.append("?" if dense is None else quantity(dense * kept.density).strip())
+            row.append("?" if dense is None else quantity(dense * kept.density))
         total = sum(f * at_end[name] for name, f in flops.layers.items())
-        rows[-1].append("?" if len(flops.layers) < len(masks) else quantity(total).strip())
+        rows[-1].append("?" if len(flops.layers) < len(masks) else quantity(total))
     return _table(header, rows)
 
 
@@ -123,7 +123,7 @@ def time_line(seconds: float, batches: int) -> str:
         batches: How many batches were measured.
     """
     return (
-        f"Measured: {quantity(seconds)}s per batch, median of {batches}, data loading included.\n"
+        f"Measured: {quantity(seconds, 's')} per batch, median of {batches}, data loading included.\n"
         "The weights are stored densely and the zeros are computed too: the FLOPs saved above "
         "are no time saved."
     )
@@ -135,8 +135,8 @@ def memory_line(masks: Masks) -> str:
     dense = sum(kept.numel * kept.parameter.element_size() for kept in masks)
     stored = sum(map(stored_bytes, masks))
     return (
-        f"Memory of these parameters: {quantity(dense)}B dense, {quantity(stored)}B now with "
-        f"masks; live values and a bitmap alone would be {quantity(least)}B."
+        f"Memory of these parameters: {quantity(dense, 'B')} dense, {quantity(stored, 'B')} now with "
+        f"masks; live values and a bitmap alone would be {quantity(least, 'B')}."
     )
 
 
@@ -148,19 +148,17 @@ def stored_bytes(kept: SparseParameter) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def quantity(value: float) -> str:
-    """A number with three digits and a metric prefix.
+def quantity(value: float, unit: str = "") -> str:
+    """A number with three digits, a metric prefix and its unit.
 
     Example:
-        >>> [quantity(x) for x in (532_480, 8.2e9, 0.00193, 0, 15)]
-        ['532 k', '8.20 G', '1.93 m', '0 ', '15.0 ']
+        >>> [quantity(532_480), quantity(8.2e9), quantity(15), quantity(0.00193, "s")]
+        ['532 k', '8.20 G', '15.0', '1.93 ms']
     """
-    if value == 0:
-        return "0 "
-    for prefix, unit in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0)):
-        if value >= 0.9995 * unit:
-            return f"{_three_digits(value / unit)} {prefix}"
-    return f"{_three_digits(value * 1e3)} m" if value >= 0.9995e-3 else f"{value * 1e6:.3g} µ"
+    prefixes = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1.0, "m": 1e-3, "µ": 1e-6}
+    fits = (p for p, size in prefixes.items() if value >= 0.9995 * size)
+    prefix = next(fits, "µ") if value else ""
+    return f"{_three_digits(value / prefixes[prefix])} {prefix}{unit}".strip()
 
 
 def _three_digits(value: float) -> str:

@@ -1,4 +1,4 @@
 window.MathJax = {
   tex: { inlineMath: [["\\(", "\\)"]], displayMath: [["\\[", "\\]"]] },
-  options: { ignoreHtmlClass: ".*|", processHtmlClass: "arithmatex|doc" },
+  options: { ignoreHtmlClass: ".*|", processHtmlClass: "arithmatex" },
 };

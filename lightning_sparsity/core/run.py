@@ -20,7 +20,6 @@ _ZERO_STAYS_ZERO = (
     torch.optim.SGD,
     torch.optim.Adam,
     torch.optim.AdamW,
-    torch.optim.Adamax,
     torch.optim.NAdam,
     torch.optim.RAdam,
     torch.optim.RMSprop,

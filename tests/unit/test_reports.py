@@ -40,7 +40,7 @@ def test_allocation():
 def test_allocation_in_units():
     _, masks = make(Rows(), NM(1, 4))
     header, _, first, second, *_ = reports.allocation_table(masks).splitlines()
-    assert header.endswith("| live units")
+    assert header.endswith(" live units")
     assert first.endswith("2 of 4 Rows()")
     assert second.endswith(f"2 of 8 {NM(1, 4)!r}")
 
@@ -86,7 +86,7 @@ def test_flops_lines():
     flops = Flops({"a": 900.0}, other=100.0)
     assert reports.flops_line(flops, {"a": 0.1}) == (
         "Forward FLOPs per sample: 1.00 k dense, 190 at these densities (0.19x)."
-    ).replace("190 at", "190  at")
+    )
     assert reports.flops_line(Flops(unknown="the model is compiled"), {}) == (
         "FLOPs are not known: the model is compiled."
     )
@@ -115,16 +115,18 @@ def test_memory():
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (0.999e3, "999 "),
+        (0.999e3, "999"),
         (0.9996e3, "1.00 k"),
-        (9.996, "10.0 "),
-        (99.96, "100 "),
-        (1.0, "1.00 "),
+        (9.996, "10.0"),
+        (99.96, "100"),
+        (1.0, "1.00"),
         (123456, "123 k"),
         (4.1e12, "4.10 T"),
         (1.5e18, "1500 P"),
         (0.25, "250 m"),
-        (12e-6, "12 µ"),
+        (12e-6, "12.0 µ"),
+        (12e-9, "0.01 µ"),
+        (0, "0.00"),
     ],
 )
 def test_quantities(value, text):

@@ -26,13 +26,11 @@ from lightning_sparsity.scores import gradient, magnitude, needs_gradient, rando
 from lightning_sparsity.structures import NM, Block, Columns, Layout, Rows
 
 
-def layer(weight, mask=None, name="fc.weight", seed=0, **kwargs):
+def layer(weight, mask=None, grad=None, seed=0, **kwargs):
     weight = torch.tensor(weight)
     mask = torch.ones_like(weight, dtype=torch.bool) if mask is None else torch.tensor(mask).bool()
-    for key in ("grad",):
-        if key in kwargs:
-            kwargs[key] = torch.tensor(kwargs[key])
-    return Layer(name, weight, mask, generator=generator(seed), **kwargs)
+    grad = None if grad is None else torch.tensor(grad)
+    return Layer("fc.weight", weight, mask, grad, generator=generator(seed), **kwargs)
 
 
 def apply(rule, *layers, budget=None, progress=0.0):

@@ -1,0 +1,149 @@
+"""Windows: which steps are due, and how far along they are."""
+
+import math
+import pickle
+
+import pytest
+
+from lightning_sparsity.core.window import Steps, Window, is_time, resolve
+
+
+def due(steps, until=40):
+    return [step for step in range(until + 1) if steps.due(step)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        (Steps(5, 0, 20), [5, 10, 15, 20]),  # not at 0: nothing was trained yet
+        (Steps(5, 0, 18), [5, 10, 15, 18]),  # always at the end
+        (Steps(5, 3, 20), [3, 8, 13, 18, 20]),
+        (Steps(5, 1, 11), [1, 6, 11]),
+        (Steps(1, 4, 7), [4, 5, 6, 7]),
+        (Steps(100, 0, 30), [30]),
+        (Steps(100, 7, 30), [7, 30]),
+        (Steps(1, 9, 9), [9]),
+        (Steps(5, 9, 9), [9]),
+        (Steps(5, 10, 4), []),
+        (Steps(5, 0, 0), []),
+    ],
+)
+def test_due_steps(steps, expected):
+    assert due(steps) == expected
+
+
+def test_epochs_are_due_at_their_last_step_and_at_the_end():
+    steps = Steps("epoch", 5, 30)
+    last = {8, 16, 24, 32}
+    assert [s for s in range(40) if steps.due(s, s in last)] == [8, 16, 24, 30]
+    steps = Steps("epoch", 9, 24)
+    assert [s for s in range(40) if steps.due(s, s in last)] == [16, 24]
+
+
+def test_progress_runs_from_zero_to_one_and_stops():
+    steps = Steps(5, 10, 30)
+    assert [steps.progress(s) for s in (0, 10, 15, 20, 30, 31, 1000)] == [0, 0, 0.25, 0.5, 1, 1, 1]
+    assert Steps(1, 0, 4).progress(1) == 0.25
+
+
+@pytest.mark.parametrize("end", [0, 5])
+def test_progress_of_a_single_moment(end):
+    steps = Steps(1, end, end)
+    assert [steps.progress(s) for s in range(7)] == [0.0 if s < end else 1.0 for s in range(7)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "total", "opens"),
+    [
+        (Steps(5, 0, 20), 20, True),
+        (Steps(5, 0, 20), 4, False),
+        (Steps(5, 0, 20), 5, True),
+        (Steps(100, 0, 20), 20, True),  # the end is always due
+        (Steps(100, 0, 20), 19, False),
+        (Steps(5, 7, 20), 6, False),
+        (Steps(5, 7, 20), 7, True),
+        (Steps(5, 30, 20), 100, False),
+        (Steps(5, 0, 0), 100, False),
+        (Steps("epoch", 0, 20), 20, True),
+        (Steps("epoch", 30, 40), 20, False),
+        (Steps(5, 0, 20), math.inf, True),
+    ],
+)
+def test_whether_any_step_is_due(steps, total, opens):
+    assert steps.opens(total) is opens
+    if math.isfinite(total) and steps.every != "epoch":
+        assert opens == bool(due(steps, total))
+
+
+@pytest.mark.parametrize(
+    ("time", "total", "step"),
+    [
+        (7, 100, 7),
+        (7, math.inf, 7),
+        (0, math.inf, 0),
+        (0.75, 100, 75),
+        (1.0, 24, 24),
+        (0.0, 24, 0),
+        (0.29, 100, 29),  # 28.999999999999996
+        (0.5, 25, 12),
+        (0.1, 3, 0),
+    ],
+)
+def test_times_in_steps(time, total, step):
+    found = resolve(time, total)
+    assert found == step
+    assert isinstance(found, int)
+
+
+def test_the_beginning_is_known_without_the_end():
+    assert resolve(0.0, math.inf) == 0
+    assert Window(5, 0.0, 20).resolve(math.inf) == Steps(5, 0, 20)
+
+
+@pytest.mark.parametrize("total", [math.inf, -1, 0, math.nan])
+def test_fractions_of_an_unknown_length(total):
+    with pytest.raises(ValueError, match="0.75 is a fraction of training.*optimizer steps"):
+        Window(5, 0, 0.75).resolve(total)
+    with pytest.raises(ValueError, match="0.5 is a fraction of training"):
+        Window(5, 0.5, 20).resolve(total)
+
+
+def test_windows_in_steps():
+    assert Window().resolve(1000) == Steps(100, 0, 1000)
+    assert Window("epoch", 0.25, 0.75).resolve(200) == Steps("epoch", 50, 150)
+    assert Window(3, 5, 10).resolve(math.inf) == Steps(3, 5, 10)
+    assert Window(3, 5, 1.0).resolve(7) == Steps(3, 5, 7)
+
+
+@pytest.mark.parametrize("every", [0, -5, 2.0, "step", "epochs", None, True])
+def test_intervals_are_checked(every):
+    with pytest.raises(ValueError, match=r"update_interval=.*positive number.*\"epoch\""):
+        Window(every)
+
+
+@pytest.mark.parametrize("key", ["start", "end"])
+@pytest.mark.parametrize("time", [-1, 1.5, -0.1, math.nan, math.inf, "end", None, True])
+def test_times_are_checked(key, time):
+    with pytest.raises(ValueError, match=rf"update_{key}=.*int >= 0.*float in \[0, 1\]"):
+        Window(**{key: time})
+
+
+def test_ends_that_cannot_be_meant():
+    with pytest.raises(ValueError, match=r"update_end=1 .*update_end=1\.0"):
+        Window(end=1)
+    with pytest.raises(ValueError, match="update_end=5 comes before update_start=9"):
+        Window(start=9, end=5)
+    with pytest.raises(ValueError, match=r"update_end=0\.1 comes before update_start=0\.5"):
+        Window(start=0.5, end=0.1)
+    assert Window(start=1, end=2).resolve(9) == Steps(100, 1, 2)
+
+
+def test_what_is_a_time():
+    assert all(map(is_time, (0, 1, 10**9, 0.0, 0.5, 1.0)))
+    assert not any(map(is_time, (-1, 1.5, -0.5, math.nan, math.inf, True, False, "1", None)))
+
+
+def test_windows_pickle_and_compare():
+    window = Window("epoch", 0, 0.5)
+    assert pickle.loads(pickle.dumps(window)) == window != Window("epoch", 0, 0.75)
+    assert eval(repr(window)) == window
