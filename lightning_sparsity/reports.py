@@ -115,28 +115,32 @@ def training_flops_line(spent: float, flops: Flops) -> str:
     )
 
 
-def time_line(seconds: float, batches: int) -> str:
+def time_line(seconds: float, batches: int, zeros: bool = True) -> str:
     """Measured time per batch.
 
     Args:
         seconds: The median.
         batches: How many batches were measured.
+        zeros: Whether the model computed with weights that are zero.
     """
-    return (
-        f"Measured: {quantity(seconds, 's')} per batch, median of {batches}, data loading included.\n"
-        "The weights are stored densely and the zeros are computed too: the FLOPs saved above "
-        "are no time saved."
-    )
+    time = quantity(seconds, "s")
+    line = f"Measured: {time} per batch, median of {batches}, data loading included."
+    if zeros:
+        line += (
+            "\nWeights are stored densely and zeros computed too: FLOPs saved are no time saved."
+        )
+    return line
 
 
 def memory_line(masks: Masks) -> str:
     """Bytes of the sparse parameters: dense, as they are stored, and as few as could be."""
-    least = sum(kept.live * kept.parameter.element_size() + -(-kept.numel // 8) for kept in masks)
     dense = sum(kept.numel * kept.parameter.element_size() for kept in masks)
     stored = sum(map(stored_bytes, masks))
+    least = sum(kept.live * kept.parameter.element_size() + -(-kept.numel // 8) for kept in masks)
+    now, before, could_be = (quantity(size, "B") for size in (stored, dense, least))
     return (
-        f"Memory of these parameters: {quantity(dense, 'B')} dense, {quantity(stored, 'B')} now with "
-        f"masks; live values and a bitmap alone would be {quantity(least, 'B')}."
+        f"Memory of these parameters: {before} dense, {now} now with masks; live values and a "
+        f"bitmap alone would be {could_be}."
     )
 
 

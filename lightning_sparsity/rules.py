@@ -31,12 +31,19 @@ class drop:
         share: How the units that stay are split over the layers; None: each layer
             drops its own. ``share=global_by(magnitude)`` ranks across layers.
         rounding: ``math.floor`` or ``math.ceil``, for ``fraction``.
+
+    Raises:
+        ValueError: If ``fraction`` is a number outside [0, 1].
     """
 
     score: Score
     fraction: float | Schedule | None = None
     share: Distribution | None = None
     rounding: Callable[[float], int] = math.floor
+
+    def __post_init__(self) -> None:
+        if not (self.fraction is None or callable(self.fraction) or 0 <= self.fraction <= 1):
+            raise ValueError(f"{self}: fraction must lie in [0, 1].")
 
     @property
     def needs_gradient(self) -> bool:
@@ -59,20 +66,20 @@ class drop:
             The layers with their new masks.
         """
         fraction = self.fraction_at(progress)
-        if fraction is None and isinstance(layers[0].structure, NM):
-            return [self._drop_in_groups(*pair) for pair in zip(layers, budget, strict=True)]
         if fraction is None:
             keep = [min(layer.live, count) for layer, count in zip(layers, budget, strict=True)]
         else:
-            keep = [self._survivors(layer, fraction) for layer in layers]
+            keep = [self._survivors(layer.live, fraction) for layer in layers]
         if self.share is not None:
             keep = self.share(layers, sum(keep))
-        return [self._drop(*pair) for pair in zip(layers, keep, strict=True)]
+        return [
+            self._drop_in_groups(layer, layer.structure, count)
+            if fraction is None and isinstance(layer.structure, NM)
+            else self._drop(layer, count)
+            for layer, count in zip(layers, keep, strict=True)
+        ]
 
-    def _survivors(self, layer: Layer, fraction: float) -> int:
-        if layer.live == layer.size and self.share is None:
-            return layer.live  # full: what it loses would only grow back
-        live = layer.live
+    def _survivors(self, live: int, fraction: float) -> int:
         dropped = self.rounding(round(fraction * live, 9))  # 0.3 * 10 is not 3.0000000000000004
         return live - min(dropped, max(live - 1, 0))
 
@@ -81,14 +88,13 @@ class drop:
             return layer
         return layer.with_units(_choose(self.score, layer, keep, layer.units))
 
-    def _drop_in_groups(self, layer: Layer, keep: int) -> Layer:
-        assert isinstance(layer.structure, NM)
-        if keep >= layer.live:
+    def _drop_in_groups(self, layer: Layer, pattern: NM, keep: int) -> Layer:
+        if keep == layer.live:
             return layer
-        candidates = layer.structure.group(layer.mask, layer.layout)
-        wanted = min(-(-keep // len(candidates)), layer.structure.m)
-        counts = candidates.count_nonzero(dim=1).clamp(max=wanted)
-        return _choose_in_groups(self.score, layer, counts, candidates)
+        candidates = pattern.group(layer.mask, layer.layout)
+        counts = candidates.count_nonzero(dim=1).clamp(max=-(-keep // len(candidates)))
+        chosen = _choose_in_groups(self.score, layer, pattern, counts, candidates)
+        return dataclasses.replace(layer, mask=chosen)
 
 
 @dataclass(frozen=True)
@@ -126,31 +132,31 @@ class grow:
         Returns:
             The layers with their new masks (and weights, if ``start`` is not 0).
         """
-        if isinstance(layers[0].structure, NM):
-            grown = [self._grow_in_groups(*pair) for pair in zip(layers, budget, strict=True)]
-        else:
-            if self.share is None:
-                room = [n - layer.live for layer, n in zip(layers, budget, strict=True)]
-            else:
-                total = sum(budget) - sum(layer.live for layer in layers)
-                free = [dataclasses.replace(layer, mask=~layer.mask) for layer in layers]
-                room = self.share(free, total) if total > 0 else [0] * len(layers)
-            grown = [self._grow(*pair) for pair in zip(layers, room, strict=True)]
+        room = [max(n - layer.live, 0) for layer, n in zip(layers, budget, strict=True)]
+        if self.share is not None and any(room):
+            free = [dataclasses.replace(layer, mask=~layer.mask) for layer in layers]
+            room = self.share(free, sum(budget) - sum(layer.live for layer in layers))
+        grown: Layers = [
+            self._grow_in_groups(layer, layer.structure, count)
+            if isinstance(layer.structure, NM)
+            else self._grow(layer, count)
+            for layer, count in zip(layers, room, strict=True)
+        ]
         if self.start:
             grown = [self._fill(old, new) for old, new in zip(layers, grown, strict=True)]
         return grown
 
     def _grow(self, layer: Layer, count: int) -> Layer:
-        if count <= 0:
+        if count == 0:
             return layer
         return layer.with_units(layer.units | _choose(self.score, layer, count, ~layer.units))
 
-    def _grow_in_groups(self, layer: Layer, live: int) -> Layer:
-        assert isinstance(layer.structure, NM)
-        groups = layer.structure.group(layer.mask, layer.layout)
-        room = (live // len(groups) - groups.count_nonzero(dim=1)).clamp(min=0)
-        chosen = _choose_in_groups(self.score, layer, room, ~groups)
-        return dataclasses.replace(layer, mask=layer.mask | chosen.mask)
+    def _grow_in_groups(self, layer: Layer, pattern: NM, count: int) -> Layer:
+        groups = pattern.group(layer.mask, layer.layout)
+        live = (layer.live + count) // len(groups)
+        room = (live - groups.count_nonzero(dim=1)).clamp(min=0)
+        chosen = _choose_in_groups(self.score, layer, pattern, room, ~groups)
+        return dataclasses.replace(layer, mask=layer.mask | chosen)
 
     def _fill(self, old: Layer, new: Layer) -> Layer:
         draw = torch.randn(new.shape, generator=new.generator).to(new.weight) * self.start
@@ -255,10 +261,10 @@ def _choose(score: Score, layer: Layer, count: int, candidates: Tensor) -> Tenso
     return top_k([layer.reduce(score(layer))], count, [candidates])[0]
 
 
-def _choose_in_groups(score: Score, layer: Layer, counts: Tensor, candidates: Tensor) -> Layer:
-    """The layer with only the best ``counts`` candidates of every group live."""
-    assert isinstance(layer.structure, NM)
-    values = layer.structure.group(score(layer), layer.layout)
+def _choose_in_groups(
+    score: Score, layer: Layer, pattern: NM, counts: Tensor, candidates: Tensor
+) -> Tensor:
+    """The best ``counts`` candidates of every group, as a mask of the weight's shape."""
+    values = pattern.group(score(layer), layer.layout)
     chosen = top_n_per_group(values, counts, candidates)
-    mask = layer.structure.ungroup(chosen, layer.shape, layer.layout)
-    return dataclasses.replace(layer, mask=mask)
+    return pattern.ungroup(chosen, layer.shape, layer.layout)

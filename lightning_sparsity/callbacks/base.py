@@ -16,7 +16,7 @@ from lightning_sparsity.core.apportion import apportion
 from lightning_sparsity.core.capture import Statistic
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.keeper import MaskKeeper
-from lightning_sparsity.core.layer import Distribution, Layers, Rule, Schedule
+from lightning_sparsity.core.layer import Distribution, Layer, Layers, Rule, Schedule
 from lightning_sparsity.core.method import Observe, Role, Share
 from lightning_sparsity.core.window import Window
 from lightning_sparsity.distributions import fixes_total, per_layer, unmatched
@@ -221,10 +221,12 @@ class MaskCallback(SparsityCallback):
         self, layers: Layers, density: float, total: int, like: Mapping[str, int] | None
     ) -> list[int]:
         """Live units per layer: ``total`` by the distribution, or in proportion to ``like``."""
-        structure = layers[0].structure
-        if isinstance(structure, NM):
-            per_group = max(1, math.ceil(round(density * structure.m, 9)))
-            return [layer.size // structure.m * per_group for layer in layers]
+        fixed = {layer.name: _in_groups(layer, density) for layer in layers if _is_limited(layer)}
+        if fixed:
+            free = [layer for layer in layers if layer.name not in fixed]
+            rest = self._budget(free, density, round(density * _size(free)), like) if free else []
+            counts = {**fixed, **dict(zip((layer.name for layer in free), rest, strict=True))}
+            return [counts[layer.name] for layer in layers]
         if total > sum(layer.live for layer in layers):  # to grow: every position has room
             layers = _all_live(layers)
         if like is None:
@@ -276,6 +278,17 @@ class MaskCallback(SparsityCallback):
 
 def _size(layers: Layers) -> int:
     return sum(layer.size for layer in layers)
+
+
+def _is_limited(layer: Layer) -> bool:
+    return isinstance(layer.structure, NM)
+
+
+def _in_groups(layer: Layer, density: float) -> int:
+    """Live weights of a layer whose pattern has ``ceil(density * m)`` in every group."""
+    assert isinstance(layer.structure, NM)
+    per_group = max(1, math.ceil(round(density * layer.structure.m, 9)))
+    return layer.size // layer.structure.m * per_group
 
 
 def _all_live(layers: Layers) -> Layers:

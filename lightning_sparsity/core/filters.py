@@ -129,10 +129,10 @@ def select(
 
 
 def _matches(pool: list[Candidate], selection: Selection, argument: str) -> list[Candidate]:
+    usable = [c for c in pool if c.parameter.requires_grad or argument == "exclude"]
     if isinstance(selection, str):
         if any(sign in selection for sign in "*?["):
-            found = [c for c in pool if linear_and_conv(c) and _fits(c, selection)]
-            found = [c for c in found if c.parameter.requires_grad]
+            found = [c for c in usable if linear_and_conv(c) and _fits(c, selection)]
         else:
             found = [c for c in pool if selection == c.name]
             found = found or [c for c in pool if f"{selection}.weight" == c.name]
@@ -146,15 +146,16 @@ def _matches(pool: list[Candidate], selection: Selection, argument: str) -> list
             )
         return found
     if isinstance(selection, type):
-        return [
-            c
-            for c in pool
-            if isinstance(c.module, selection)
-            and c.name.rpartition(".")[2] == "weight"
-            and c.parameter.requires_grad
-        ]
+        weights = [c for c in usable if c.name.rpartition(".")[2] == "weight"]
+        found = [c for c in weights if isinstance(c.module, selection)]
+        if not found:
+            raise ValueError(
+                f"{argument}={selection.__name__} names no parameter of the model; the weights of "
+                f"its modules are {_names(weights)}."
+            )
+        return found
     if callable(selection):
-        return [c for c in pool if selection(c) and c.parameter.requires_grad]
+        return [c for c in usable if selection(c)]
     if isinstance(selection, Sequence):
         hit = {id(c) for part in selection for c in _matches(pool, part, argument)}
         return [c for c in pool if id(c) in hit]

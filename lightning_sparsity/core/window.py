@@ -13,8 +13,8 @@ def resolve(time: int | float, total: float) -> int:
     Raises:
         ValueError: If a fraction is asked of a training without a known end.
     """
-    if isinstance(time, int):
-        return time
+    if isinstance(time, int) or time == 0:
+        return int(time)
     if not (math.isfinite(total) and total > 0):
         raise ValueError(
             f"{time} is a fraction of training, but the number of steps is not known in advance "
@@ -117,12 +117,15 @@ class Steps:
 
     def opens(self, total: float) -> bool:
         """Whether a training of ``total`` steps may reach a step that is due."""
-        if self.every == "epoch" or self.arrives:
-            return max(self.start, 1) <= min(self.end, total)
-        return (self.start or self.every) <= min(self.end, total)
+        first = max(self.start, 1) if self.every == "epoch" else self.start or self.every
+        if self.arrives and max(self.start, 1) <= self.end:
+            first = min(first, self.end)
+        return first <= min(self.end, total)
 
     def progress(self, step: int) -> float:
         """How much of the window has passed at ``step``, in [0, 1]."""
         if step >= self.end:
             return 1.0
-        return max(0.0, (step - self.start) / (self.end - self.start))
+        if step <= self.start:
+            return 0.0
+        return (step - self.start) / (self.end - self.start)

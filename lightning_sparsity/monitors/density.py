@@ -23,28 +23,26 @@ from lightning_sparsity.monitors.watch import Watch
 class DensityMonitor(SparsityCallback):
     r"""Watches sparse training: logs it, draws it and reports on it. Changes nothing.
 
-    To every logger, on the steps on which Lightning logs and after the last one:
+    It logs to every logger, on the steps on which Lightning logs and after the last one:
 
-    ===========================  ======================================================
-    ``density/total``            live weights / weights
-    ``churn/total``              weights that the last update dropped / live before it
-    ``itop/total``               weights ever live / weights: in-time
-                                 over-parameterisation, :math:`R_s`
-    ``drop_fraction/RigL``       share of the live weights that an update drops at
-                                 present, by callback; 0 outside its window
-    ``flops/inference``          :math:`F = \sum_l f_l d_l + f_o`, per sample
-    ``flops/training``           per sample, mean of the training so far
-    ``flops/inference_ratio``    the same, divided by those of the dense model
-    ``flops/training_ratio``
-    ===========================  ======================================================
+    - ``density/total``: live weights / weights;
+    - ``churn/total``: weights that the last update dropped / weights live before it;
+    - ``itop/total``: weights ever live / weights, the in-time over-parameterisation rate
+      :math:`R_s` (Liu et al., 2021, arXiv:2102.02887);
+    - ``drop_fraction/RigL``, by callback: share of the live weights that an update drops at
+      present, 0 outside the callback's window;
+    - ``flops/inference``: :math:`F = \sum_l f_l d_l + f_o`, per sample;
+    - ``flops/training``: per sample, in the mean of the training so far;
+    - ``flops/inference_ratio``, ``flops/training_ratio``: the same, divided by those of the
+      dense model.
 
-    The first three also by parameter, such as ``density/net.0.weight``. :math:`f_l` are the
-    forward FLOPs of a layer (2 per multiply-accumulate), :math:`d_l` its density and
+    The first three also by parameter, such as ``density/net.0.weight``. Here :math:`f_l` are
+    the forward FLOPs of a layer, 2 per multiply-accumulate, :math:`d_l` its density and
     :math:`f_o` the FLOPs of everything else. A training step counts :math:`3F`, and
-    :math:`\sum_l f_l (1 - d_l)` more for the dense weight gradients on which an update is
-    based. They are what hardware would need that skips every zero, counted during the
-    forward pass of the first batch. In compiled models that pass cannot be seen: their FLOPs
-    are reported as unknown and not logged.
+    :math:`\sum_l f_l (1 - d_l)` more for dense weight gradients on which an update is based.
+    These are what hardware would need that skips every zero. They are counted while the first
+    batch passes forward; in a compiled model that cannot be seen, and its FLOPs are reported
+    as unknown and not logged.
 
     TensorBoard also gets a page of charts (custom scalars), histograms of the live weights,
     a picture of the densities over time, and the two reports. They are printed as well: the
@@ -88,6 +86,7 @@ class DensityMonitor(SparsityCallback):
         self._watch: Watch | None = None
         self._logged = True
         self._drawn = -1
+        self._flops_told = False
 
     # ------------------------------------------------------------------ start and end
 
@@ -109,13 +108,14 @@ class DensityMonitor(SparsityCallback):
             pl_module: The model.
             keeper: Owner of the masks.
         """
-        self._watch = Watch(keeper, pl_module, _step(trainer))
-        self._watch.load_state_dict(self._restored)
+        self._watch = watch = Watch(keeper, pl_module, _step(trainer))
+        watch.load_state_dict(self._restored)
         self._restored = {}
-        self._logged, self._drawn = True, -1
+        self._logged, self._drawn, self._flops_told = True, -1, False
         for writer in tensorboard.writers(trainer):
             writer.add_custom_scalars(tensorboard.layout())
-        self._report(trainer, "start", reports.allocation_table(self._watch.masks, pl_module))
+        self._report(trainer, "start", reports.allocation_table(watch.masks, pl_module))
+        self._tell_flops(watch)  # known already, if training resumes
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what is not logged yet, and report."""
@@ -179,10 +179,8 @@ class DensityMonitor(SparsityCallback):
         watch = self._watch
         if watch is None:
             return
-        known = watch.cost.flops is not None
         updated = watch.end_batch(_samples(batch), trainer.accumulate_grad_batches, _step(trainer))
-        if watch.cost.flops is not None and not known:
-            self._print(reports.flops_line(watch.cost.flops, watch.tracker.densities))
+        self._tell_flops(watch)
         if (updated or watch.batches == 1) and not trainer.barebones:
             _show(pl_module, watch.tracker.density)
         if _accumulates(trainer):
@@ -237,6 +235,12 @@ class DensityMonitor(SparsityCallback):
         self._print(f"\n{text}\n")
         for writer in tensorboard.writers(trainer):
             tensorboard.write_text(writer, f"sparsity at the {when}", text, _step(trainer))
+
+    def _tell_flops(self, watch: Watch) -> None:
+        """Print FLOPs once, as soon as they are known."""
+        if watch.cost.flops is not None and not self._flops_told:
+            self._flops_told = True
+            self._print(reports.flops_line(watch.cost.flops, watch.tracker.densities))
 
     def _print(self, text: str) -> None:
         if self.print_tables:

@@ -35,12 +35,12 @@ _FONT = dict(
 )
 
 # In pixels. TensorBoard shows pictures some 350 pixels wide, so there is little room.
-_WIDTH = 224
+_WIDTH = 176
 _LETTER = 8  # width of a letter and the space behind it
 _HEIGHT = 10
 _GAP = 6
 _BAR = 12
-_MAX_NAME = 20  # in letters
+_MAX_NAME = 18  # in letters
 
 
 class DensityHistory:

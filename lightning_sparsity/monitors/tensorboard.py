@@ -54,7 +54,9 @@ def write_histogram(writer: Any, tag: str, values: Tensor, step: int) -> None:
     low, high = (float(x) for x in values.aminmax())
     if low == high:
         low, high = low - 0.5, high + 0.5
-    counts = torch.histc(values, bins=_BINS, min=low, max=high)
+    # Not torch.histc, which Trainer(deterministic=True) forbids on a GPU.
+    bins = ((values - low) * (_BINS / (high - low))).long().clamp(max=_BINS - 1)
+    counts = torch.bincount(bins, minlength=_BINS)
     writer.add_histogram_raw(
         tag,
         min=low,

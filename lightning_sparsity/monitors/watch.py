@@ -89,8 +89,7 @@ class Watch:
         if counter is not None and (self._forward_ended or not self._model.automatic_optimization):
             self.cost.flops = counter.per_sample(samples)
         updated = self._updated()
-        observed = [run for run in self._keeper.runs if run.method.observe is not None]
-        dense = {name: 1 for run in observed for name in run.names}
+        dense = {name: 1 for run in self._keeper.runs if _observes(run) for name in run.names}
         for run in updated:
             if needs_gradient(run.method.rule):
                 dense.update({name: accumulated for name in run.names if name not in dense})
@@ -140,7 +139,8 @@ class Watch:
         if not flops.unknown:
             parts.append(reports.training_flops_line(self.cost.spent, flops))
         if len(self.clock):
-            parts.append(reports.time_line(self.clock.median, len(self.clock)))
+            zeros = self.tracker.density < 1
+            parts.append(reports.time_line(self.clock.median, len(self.clock), zeros))
         if len(self.masks):
             parts.append(reports.memory_line(self.masks))
         return "\n".join(parts)
@@ -161,3 +161,8 @@ class Watch:
         if state and self.tracker.load_state_dict(state["masks"]):
             self.history.load_state_dict(state["history"])
             self.cost.load_state_dict(state["cost"])
+
+
+def _observes(run: Run) -> bool:
+    """Whether a method sees dense gradients in every step."""
+    return run.method.observe is not None and run.share is not None

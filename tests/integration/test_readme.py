@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_sparsity
 from lightning_sparsity.distributions import apportion
+from lightning_sparsity.testing import fit
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -85,6 +86,17 @@ def test_code_of_the_documentation_runs(page: str) -> None:
     assert found
     for block in found:
         exec(block, names)
+
+
+@pytest.mark.parametrize("name", ["BySaliency", "ByMomentum"])
+def test_methods_of_the_documentation_train(name: str) -> None:
+    names: dict[str, object] = {}
+    for block in blocks("python", (ROOT / "docs" / "custom.md").read_text()):
+        exec(block, names)
+    method = names[name](0.25, update_interval=4)
+    result = fit([method])
+    assert result.changes > 1
+    assert result.live == round(0.25 * sum(mask.numel() for mask in result.masks.values()))
 
 
 def test_ci_runs_the_second_command() -> None:

@@ -187,6 +187,7 @@ def test_counting_changes_no_bit():
     assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
 
 
+@pytest.mark.slow
 def test_compiled_functions_stay_compiled():
     from torch._dynamo.testing import CompileCounterWithBackend
 

@@ -25,9 +25,9 @@ def _the_generators_of_the_process():
     ("key", "seed"),
     [
         ((7, "net.0.weight", 3), 6968716724866518503),
-        ((0,), 3407684390189205258),
-        ((1, "RigL", "net.0.weight", 0), 1302399119119926106),
-        ((-1, "SET[1]", "a", 12), 6888250330823155622),
+        ((0,), 4246866556266386882),
+        ((1, "RigL", "net.0.weight", 0), 7307560428247302017),
+        ((-1, "SET[1]", "a", 12), 2067676963139988348),
     ],
 )
 def test_seeds_never_change(key, seed):
@@ -39,7 +39,7 @@ def test_seeds_never_change(key, seed):
 
 def test_draws_never_change():
     drawn = torch.rand(3, dtype=torch.float64, generator=generator(7, "net.0.weight", 3))
-    expected = [0.6264389076463064, 0.11021411083600703, 0.5404365210166283]
+    expected = [0.4358498684139219, 0.0047902895302960324, 0.09984446568118677]
     assert drawn.tolist() == pytest.approx(expected, abs=1e-12)
 
 

@@ -1,5 +1,6 @@
 """Windows: which steps are due, and how far along they are."""
 
+import dataclasses
 import math
 import pickle
 
@@ -16,13 +17,12 @@ def due(steps, until=40):
     ("steps", "expected"),
     [
         (Steps(5, 0, 20), [5, 10, 15, 20]),  # not at 0: nothing was trained yet
-        (Steps(5, 0, 18), [5, 10, 15, 18]),  # always at the end
-        (Steps(5, 3, 20), [3, 8, 13, 18, 20]),
+        (Steps(5, 0, 18), [5, 10, 15]),
+        (Steps(5, 3, 20), [3, 8, 13, 18]),
         (Steps(5, 1, 11), [1, 6, 11]),
         (Steps(1, 4, 7), [4, 5, 6, 7]),
-        (Steps(100, 0, 30), [30]),
-        (Steps(100, 7, 30), [7, 30]),
-        (Steps(1, 9, 9), [9]),
+        (Steps(100, 0, 30), []),
+        (Steps(100, 7, 30), [7]),
         (Steps(5, 9, 9), [9]),
         (Steps(5, 10, 4), []),
         (Steps(5, 0, 0), []),
@@ -30,14 +30,21 @@ def due(steps, until=40):
 )
 def test_due_steps(steps, expected):
     assert due(steps) == expected
+    # A window that arrives is due at its end as well, if it has one after the start.
+    end = {steps.end} if max(steps.start, 1) <= steps.end else set()
+    assert due(dataclasses.replace(steps, arrives=True)) == sorted({*expected} | end)
 
 
-def test_epochs_are_due_at_their_last_step_and_at_the_end():
-    steps = Steps("epoch", 5, 30)
+def test_epochs_are_due_at_their_last_step():
     last = {8, 16, 24, 32}
-    assert [s for s in range(40) if steps.due(s, s in last)] == [8, 16, 24, 30]
-    steps = Steps("epoch", 9, 24)
-    assert [s for s in range(40) if steps.due(s, s in last)] == [16, 24]
+
+    def epochs(steps):
+        return [step for step in range(40) if steps.due(step, step in last)]
+
+    assert epochs(Steps("epoch", 5, 30)) == [8, 16, 24]
+    assert epochs(Steps("epoch", 5, 30, arrives=True)) == [8, 16, 24, 30]
+    assert epochs(Steps("epoch", 9, 24)) == [16, 24]
+    assert epochs(Steps("epoch", 9, 24, arrives=True)) == [16, 24]
 
 
 def test_progress_runs_from_zero_to_one_and_stops():
@@ -52,27 +59,22 @@ def test_progress_of_a_single_moment(end):
     assert [steps.progress(s) for s in range(7)] == [0.0 if s < end else 1.0 for s in range(7)]
 
 
+@pytest.mark.parametrize("arrives", [False, True])
+@pytest.mark.parametrize("total", [4, 5, 7, 9, 20, 100])
 @pytest.mark.parametrize(
-    ("steps", "total", "opens"),
-    [
-        (Steps(5, 0, 20), 20, True),
-        (Steps(5, 0, 20), 4, False),
-        (Steps(5, 0, 20), 5, True),
-        (Steps(100, 0, 20), 20, True),  # the end is always due
-        (Steps(100, 0, 20), 19, False),
-        (Steps(5, 7, 20), 6, False),
-        (Steps(5, 7, 20), 7, True),
-        (Steps(5, 30, 20), 100, False),
-        (Steps(5, 0, 0), 100, False),
-        (Steps("epoch", 0, 20), 20, True),
-        (Steps("epoch", 30, 40), 20, False),
-        (Steps(5, 0, 20), math.inf, True),
-    ],
+    ("every", "start", "end"),
+    [(5, 0, 20), (100, 0, 20), (5, 7, 20), (5, 30, 20), (5, 0, 0), (5, 0, 4), (1, 9, 9)],
 )
-def test_whether_any_step_is_due(steps, total, opens):
-    assert steps.opens(total) is opens
-    if math.isfinite(total) and steps.every != "epoch":
-        assert opens == bool(due(steps, total))
+def test_whether_any_step_is_due(every, start, end, total, arrives):
+    steps = Steps(every, start, end, arrives)
+    assert steps.opens(total) == bool(due(steps, total))
+    assert steps.opens(math.inf) == bool(due(steps, 200))
+
+
+def test_whether_an_epoch_may_end_in_the_window():
+    assert Steps("epoch", 0, 20).opens(20)
+    assert not Steps("epoch", 30, 40).opens(20)
+    assert not Steps("epoch", 0, 0).opens(20)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +115,7 @@ def test_windows_in_steps():
     assert Window("epoch", 0.25, 0.75).resolve(200) == Steps("epoch", 50, 150)
     assert Window(3, 5, 10).resolve(math.inf) == Steps(3, 5, 10)
     assert Window(3, 5, 1.0).resolve(7) == Steps(3, 5, 7)
+    assert Window(3, 5, 10).resolve(9, arrives=True) == Steps(3, 5, 10, arrives=True)
 
 
 @pytest.mark.parametrize("every", [0, -5, 2.0, "step", "epochs", None, True])
