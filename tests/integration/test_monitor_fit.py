@@ -6,6 +6,8 @@ import copy
 import csv
 import logging
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -502,3 +504,45 @@ def test_a_compiled_model(whole: bool, output: Any) -> None:
 def test_one_keeper() -> None:
     result = fit([DensityMonitor(), rigl()])
     assert sum(isinstance(c, MaskKeeper) for c in result.trainer.callbacks) == 1
+
+
+SCRIPT = """
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, TensorDataset
+from lightning_sparsity import DensityMonitor, RigL
+from lightning_sparsity.testing import fit
+
+torch.set_num_threads(1)
+generator = torch.Generator().manual_seed(0)
+data = TensorDataset(
+    torch.randn(128, 1, 6, 6, generator=generator), torch.randint(4, (128,), generator=generator)
+)
+fit(
+    [RigL(0.2, update_interval=4), DensityMonitor()],
+    data=DataLoader(data, batch_size=8),
+    strategy="ddp",
+    devices=2,
+    logger=CSVLogger(".", name="", version="run"),
+    log_every_n_steps=4,
+)
+"""
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_two_ranks_report_once(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "train.py"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("ever live") == 1
+    assert done.stderr.count("Forward FLOPs per sample: 6.53 k dense") == 2
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["density/total"]]
+    assert steps == [3, 7, 11, 15, 19, 23]

@@ -11,11 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_sparsity import GMP, NM, SET, Block, Magnitude, MaskCallback, RigL, Rows, StaticSparse
+from lightning_sparsity import (
+    GMP,
+    NM,
+    SET,
+    Block,
+    Magnitude,
+    MaskCallback,
+    RigL,
+    Rows,
+    StaticSparse,
+)
 from lightning_sparsity.structures import Layout, Structure, Unstructured
 from lightning_sparsity.testing import Batches, ManualModel, Result, TinyModel, fit
 
@@ -128,6 +138,10 @@ def configurations(draw: st.DrawFn) -> Setting:
     )
 
 
+# On the way down 18 of 20 rows are 15 and 3 at one density, 14 and 4 at a lower one.
+PARADOX = Setting("GMP", 0.9, 1, 1, 6, Rows(), "sgd", 1, True)
+
+
 def train(chosen: Setting) -> Result:
     options: dict[str, Any] = {"max_epochs": 1}
     if not chosen.two_optimizers:
@@ -136,7 +150,8 @@ def train(chosen: Setting) -> Result:
 
 
 @pytest.mark.filterwarnings("ignore:.*makes no update")
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
+@example(PARADOX)
 @given(chosen=configurations())
 def test_counts_are_exact_and_masks_move_when_they_should(chosen: Setting) -> None:
     result = train(chosen)
@@ -162,8 +177,7 @@ def test_counts_are_exact_and_masks_move_when_they_should(chosen: Setting) -> No
         assert totals == sorted(totals, reverse=True), "pruned weights do not come back"
         assert totals[-1] == wanted
         if chosen.method == "Magnitude":
-            before = [total for batch, total in enumerate(totals) if batch + 1 < chosen.end]
-            assert set(before) <= {chosen.total, *([wanted] if not before else [])}
+            assert set(totals) <= {chosen.total, wanted}
     else:
         assert {sum(live.values()) for live in whole} == {wanted}
         assert all(live == whole[0] for live in whole), "per layer too"
