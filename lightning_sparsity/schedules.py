@@ -16,9 +16,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lightning_sparsity.core.layer import Curve
+
 
 @dataclass(frozen=True)
-class constant:
+class constant(Curve):
     """The same value throughout.
 
     Args:
@@ -44,7 +46,7 @@ class constant:
 
 
 @dataclass(frozen=True)
-class linear:
+class linear(Curve):
     r"""A straight line: :math:`end + (start - end)(1 - x)`.
 
     Args:
@@ -72,7 +74,7 @@ class linear:
 
 
 @dataclass(frozen=True)
-class cosine:
+class cosine(Curve):
     r"""Half a cosine: :math:`end + \frac{start - end}{2}(1 + \cos \pi x)`.
 
     The drop fraction of RigL (Evci et al., 2020, Sec. 3) with ``end=0``; the code of SNFS
@@ -103,7 +105,7 @@ class cosine:
 
 
 @dataclass(frozen=True)
-class inverse_power:
+class inverse_power(Curve):
     r"""A power of what is left: :math:`start \, (1 - x)^{power}`.
 
     google-research/rigl calls it ``exponential_<power>``.
@@ -134,7 +136,7 @@ class inverse_power:
 
 
 @dataclass(frozen=True)
-class cubic:
+class cubic(Curve):
     r"""The ramp of gradual magnitude pruning (Zhu and Gupta, 2017, Eq. 1).
 
     :math:`end + (start - end)(1 - x)^3`, here from one density to another. The paper
@@ -165,7 +167,7 @@ class cubic:
 
 
 @dataclass(frozen=True)
-class exponential:
+class exponential(Curve):
     r"""Equal ratios: :math:`start^{1 - x} \, end^x`.
 
     ``exponential(1.0, d)`` is the density :math:`d^{k/N}` after :math:`k` of :math:`N`
@@ -198,7 +200,7 @@ class exponential:
 
 
 @dataclass(frozen=True)
-class geometric:
+class geometric(Curve):
     r"""The same factor at every update: :math:`start \cdot gamma^{updates \cdot x}`.
 
     ``geometric(1.0, 0.8, updates=20)`` is iterative magnitude pruning of a fifth of the
@@ -232,7 +234,7 @@ class geometric:
 
 
 @dataclass(frozen=True)
-class step:
+class step(Curve):
     """Piecewise constant: multiplied by a factor at each milestone.
 
     Args:
@@ -276,7 +278,7 @@ class step:
 
 
 @dataclass(frozen=True)
-class sigmoid:
+class sigmoid(Curve):
     r"""An S-shaped ramp, OptG Eq. 16 (Zhang et al., 2022).
 
     The paper's sparsity at epoch :math:`k` of :math:`\tau` is
@@ -328,7 +330,7 @@ class sigmoid:
 
 
 @dataclass(frozen=True)
-class cyclic:
+class cyclic(Curve):
     r"""Down and up again: :math:`low + \frac{high - low}{2}(1 + \cos((2c - 1) \pi x))`.
 
     Starts at ``high``, reaches ``low`` ``c = cycles`` times, the last time at the end.

@@ -16,7 +16,7 @@ from lightning_sparsity.core.apportion import apportion
 from lightning_sparsity.core.capture import Statistic
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.keeper import MaskKeeper
-from lightning_sparsity.core.layer import Distribution, Layer, Layers, Rule, Schedule
+from lightning_sparsity.core.layer import Distribution, Layer, Layers, Ramp, Rule
 from lightning_sparsity.core.method import Observe, Role, Share
 from lightning_sparsity.core.window import Window
 from lightning_sparsity.distributions import fixes_total, per_layer, unmatched
@@ -86,7 +86,7 @@ class MaskCallback(SparsityCallback):
         structure: Structure | None = None,
         seed: int | None = None,
         role: Role = "updater",
-        ramp: Callable[[float, float], Schedule] | None = None,
+        ramp: Ramp | None = None,
         initial_density: float = 1.0,
         observe: Observe | None = None,
         statistics: Collection[Statistic] = (),

@@ -50,8 +50,10 @@ class Candidate:
 ParameterFilter = Callable[[Candidate], bool]
 """True for parameters that it chooses."""
 
-Selection = str | type[nn.Module] | ParameterFilter | Sequence["Selection"]
-"""A name or pattern, a module type, a callable, or several of these."""
+# Strings come last, so that a command line takes import paths for what they are.
+_One = type[nn.Module] | ParameterFilter | str
+Selection = _One | Sequence[_One]
+"""A callable, a module type, a name or pattern, or several of these."""
 
 
 def linear_and_conv(candidate: Candidate) -> bool:

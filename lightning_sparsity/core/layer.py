@@ -102,5 +102,17 @@ Distribution = Callable[[Layers, int], list[int]]
 Schedule = Callable[[float], float]
 """Maps training progress in [0, 1] to a value."""
 
+
+class Curve:
+    """Base of the schedules that are classes; command lines look for it."""
+
+    def __call__(self, progress: float) -> float:
+        """Value at ``progress``, in [0, 1]."""
+        raise NotImplementedError
+
+
+Ramp = Callable[[float, float], Curve] | Callable[[float, float], Schedule]
+"""``ramp(start, end)`` is a schedule: a schedule class such as ``cubic``, or a function."""
+
 Rule = Callable[[Layers, Budget, float], Layers]
 """Turns layers into layers, given live units per layer and progress in [0, 1]. Pure."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
-from lightning_sparsity.core.layer import Distribution, Schedule
+from lightning_sparsity.core.layer import Distribution, Ramp
 from lightning_sparsity.distributions import uniform
 from lightning_sparsity.rules import drop
 from lightning_sparsity.schedules import cubic
@@ -57,7 +57,7 @@ class GMP(MaskCallback):
         *,
         distribution: Distribution | Mapping[str, float] | None = None,
         initial_density: float = 1.0,
-        ramp: Callable[[float, float], Schedule] = cubic,
+        ramp: Ramp = cubic,
         update_interval: int | Literal["epoch"] = 100,
         update_start: int | float = 0.0,
         update_end: int | float = 0.75,
