@@ -15,12 +15,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 
 from lightning_sparsity import (
     GMP,
     NM,
     SET,
     Magnitude,
+    MaskCallback,
     RigL,
     Rows,
     StaticSparse,
@@ -29,6 +31,9 @@ from lightning_sparsity import (
 )
 from lightning_sparsity.core.apportion import apportion, fill
 from lightning_sparsity.core.keeper import MaskKeeper
+from lightning_sparsity.core.layer import Budget, Layers
+from lightning_sparsity.rules import drop
+from lightning_sparsity.scores import random
 from lightning_sparsity.structures import Layout
 from lightning_sparsity.testing import (
     Batch,
@@ -179,7 +184,7 @@ def by_vector(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("write", [in_place, by_data, by_new_data, by_vector])
-@pytest.mark.parametrize("method", [lambda: StaticSparse(0.3), lambda: RigL(0.3)])
+@pytest.mark.parametrize("method", [StaticSparse, RigL])
 @pytest.mark.filterwarnings("ignore:RigL makes no update")
 def test_weights_written_between_steps(write: Callable[..., None], method: Any) -> None:
     class Writer(pl.Callback):
@@ -187,7 +192,7 @@ def test_weights_written_between_steps(write: Callable[..., None], method: Any) 
             write(module)
 
     # The probe inside ``fit`` looks after the step.
-    assert fit([method(), Writer()], max_epochs=1).live == round(0.3 * NUMEL)
+    assert fit([method(0.3), Writer()], max_epochs=1).live == round(0.3 * NUMEL)
 
 
 def test_a_step_hook_of_the_user() -> None:
@@ -384,7 +389,7 @@ def test_a_user_who_steps_every_second_batch() -> None:
 
 def test_a_file_saved_after_fit_resumes_like_one_saved_in_training(tmp_path: Path) -> None:
     def rigl() -> RigL:
-        return RigL(0.3, update_interval=4, update_end=18)
+        return RigL(0.3, update_interval=3, update_end=18)
 
     whole = fit([rigl()])
     part = fit([rigl()], max_epochs=2)
@@ -443,6 +448,7 @@ def test_a_ramp_that_joins_a_dense_training_arrives(tmp_path: Path) -> None:
             "callbacks",
         ),
     ],
+    ids=["one more", "one less", "fewer layers", "more layers"],
 )
 @pytest.mark.filterwarnings("ignore:.* makes no update", "ignore:GMP. training ended")
 def test_a_refused_checkpoint_says_what_differs_and_no_more(
@@ -480,6 +486,51 @@ def test_what_may_change_between_then_and_now(tmp_path: Path) -> None:
     assert result.history[0][0] != first.history[-1][0], "step 9 is due"
     assert moves(result) == [4, 7, 10, 13], "and 12, 15, 18 and 21"
     assert {sum(live.values()) for _, live in result.history} == {first.live}
+
+
+# Statistics -----------------------------------------------------------------------
+
+
+class Looking(MaskCallback):
+    """Counts the micro-batches that an update sees, and changes nothing."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, tuple[int, int]]] = []
+        super().__init__(
+            density=0.3,
+            default_distribution=uniform,
+            initial=drop(random),
+            update=self._look,
+            update_interval=4,
+            statistics={"inputs", "output_grads"},
+        )
+
+    def _look(self, layers: Layers, budget: Budget, progress: float) -> Layers:
+        found = {layer.name: layer.statistics for layer in layers}
+        self.seen.append({k: (len(s["inputs"]), len(s["output_grads"])) for k, s in found.items()})
+        return layers
+
+
+def by_keyword(net: Any, x: Tensor) -> Tensor:
+    for module in net:
+        x = module(input=x)
+    return x
+
+
+def recomputed(net: Any, x: Tensor) -> Tensor:
+    out: Tensor = checkpoint(net, x.requires_grad_(), use_reentrant=False)
+    return out
+
+
+@pytest.mark.parametrize("forward", [by_keyword, recomputed])
+def test_layers_are_recorded_once_however_they_are_called(forward: Any) -> None:
+    class Called(TinyModel):
+        def loss(self, batch: Batch) -> Tensor:
+            return nn.functional.cross_entropy(forward(self.net, batch[0]), batch[1])
+
+    method = Looking()
+    fit([method], Called, max_epochs=1)
+    assert method.seen == [dict.fromkeys(SIZES, (1, 1))]
 
 
 # Trainers -------------------------------------------------------------------------

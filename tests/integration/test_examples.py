@@ -30,6 +30,8 @@ from lightning_sparsity import (
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 Run = Callable[..., dict[str, Any]]
+# As an error, this warning would change what jsonargparse saves: users get the warning.
+pytestmark = pytest.mark.filterwarnings(r"ignore:[\s\S]*Unable to serialize")
 # The resumed run writes where the one that stopped has written.
 EXISTS = pytest.mark.filterwarnings("ignore:Checkpoint directory")
 
@@ -154,6 +156,16 @@ def test_cli(run: Run) -> None:
     live = sum(int(weights[f"net.{i}.weight"].count_nonzero()) for i in (0, 2))
     assert live == round(0.1 * (64 * 256 + 256 * 256))
     assert weights["net.4.weight"].all()
+    (saved,) = Path("runs").rglob("config.yaml")
+    assert yaml.safe_load(saved.read_text())["trainer"]["callbacks"][0]["init_args"] == {
+        **yaml.safe_load(config.read_text())["trainer"]["callbacks"][0]["init_args"],
+        "drop_fraction": 0.3,
+        "update_start": 0,
+        "include": "lightning_sparsity.linear_and_conv",
+        "structure": None,
+        "weight_init": None,
+        "seed": None,
+    }
 
 
 class Model(LightningModule):
