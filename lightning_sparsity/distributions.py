@@ -18,7 +18,7 @@ the one unit per layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparsity.core.apportion import apportion, check_total, fill
-from lightning_sparsity.core.layer import Distribution, Layer, Layers, Score
+from lightning_sparsity.core.layer import Distribution, Layer, Layers, Score, call_of
 from lightning_sparsity.ops.selection import top_k_counts
 from lightning_sparsity.scores import needs_gradient, without_gradient
 
@@ -201,6 +201,9 @@ def fan_in(layers: Layers, total: int) -> list[int]:
     return counts
 
 
+fan_in.exact = False  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
 class global_by:
     """The ``total`` best live units of all layers together.
@@ -239,7 +242,7 @@ class global_by:
             raise ValueError(f"{self}: min_per_layer must be an integer >= 0; the default is 1.")
 
     def __repr__(self) -> str:
-        return f"global_by({_name(self.score)}, min_per_layer={self.min_per_layer})"
+        return f"global_by({call_of(self.score)}, min_per_layer={self.min_per_layer})"
 
     @property
     def needs_gradient(self) -> bool:
@@ -303,9 +306,9 @@ class per_layer:
     """A density for each layer, by name; the requested total is ignored.
 
     Args:
-        densities: Pattern (as in a shell: ``*``, ``?``, ``[...]``) on the plain parameter
-            name, such as ``net.0.weight``, and the density in (0, 1] of the layers it
-            matches; a mapping or pairs. The first pattern that matches a layer counts.
+        densities: Pattern (as in a shell: ``*``, ``?``, ``[...]``) on the plain name of the
+            weight or its module, such as ``net.0``, and the density in (0, 1] of the layers
+            it matches; a mapping or pairs. The first pattern that matches a layer counts.
 
     Raises:
         TypeError: If a pattern is not a string.
@@ -389,6 +392,7 @@ class keep_dense:
     distribution: Distribution
     layers: Sequence[str]
     charge: bool = False
+    exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not callable(self.distribution):
@@ -398,7 +402,7 @@ class keep_dense:
         _check_patterns(self, patterns)
 
     def __repr__(self) -> str:
-        return f"keep_dense({_name(self.distribution)}, {self.layers}, charge={self.charge})"
+        return f"keep_dense({call_of(self.distribution)}, {self.layers}, charge={self.charge})"
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -426,6 +430,16 @@ class keep_dense:
         return _around(dense, self.distribution, layers, round(total * others / size))
 
 
+def is_exact(distribution: Distribution) -> bool:
+    """Whether the counts of a distribution must add up to the requested total.
+
+    Example:
+        >>> is_exact(erk), is_exact(fan_in)
+        (True, False)
+    """
+    return bool(getattr(distribution, "exact", not fixes_total(distribution)))
+
+
 def unmatched(distribution: Distribution, names: Sequence[str]) -> list[str]:
     """The patterns of a distribution that match none of the layers' names: typing errors.
 
@@ -434,7 +448,7 @@ def unmatched(distribution: Distribution, names: Sequence[str]) -> list[str]:
         ['fx*']
     """
     patterns = getattr(distribution, "patterns", ())
-    return [p for p in patterns if not any(fnmatchcase(name, p) for name in names)]
+    return [p for p in patterns if not any(_fits(name, p) for name in names)]
 
 
 def fixes_total(distribution: Distribution) -> bool:
@@ -494,7 +508,12 @@ def _er(layer: Layer) -> float:
 
 def _match(patterns: Sequence[str], layers: Layers) -> list[list[str]]:
     """The patterns that match each layer, in order."""
-    return [[p for p in patterns if fnmatchcase(layer.name, p)] for layer in layers]
+    return [[p for p in patterns if _fits(layer.name, p)] for layer in layers]
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """Whether a pattern matches a weight's name, or that of its module."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name.removesuffix(".weight"), pattern)
 
 
 def _check_patterns(distribution: object, patterns: tuple[str, ...]) -> None:
@@ -506,8 +525,3 @@ def _check_patterns(distribution: object, patterns: tuple[str, ...]) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _name(part: Callable[..., object]) -> str:
-    """The name of a function, the repr of anything else."""
-    return getattr(part, "__name__", repr(part))

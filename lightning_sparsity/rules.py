@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_sparsity.core.layer import Budget, Distribution, Layer, Layers, Rule, Schedule, Score
-from lightning_sparsity.ops.selection import sample, top_k, top_n_per_group
+from lightning_sparsity.core.layer import (
+    Budget,
+    Distribution,
+    Layer,
+    Layers,
+    Rule,
+    Schedule,
+    Score,
+    call_of,
+)
+from lightning_sparsity.ops.selection import NonFiniteScoreError, sample, top_k, top_n_per_group
 from lightning_sparsity.scores import needs_gradient, random, without_gradient
 from lightning_sparsity.structures import NM
 
@@ -49,6 +59,9 @@ class drop:
     def needs_gradient(self) -> bool:
         """Whether the score or the share reads gradients."""
         return needs_gradient(self.score) or (self.share is not None and needs_gradient(self.share))
+
+    def __repr__(self) -> str:
+        return _call(self)
 
     def fraction_at(self, progress: float) -> float | None:
         """The fraction to drop at ``progress``; None if the budget decides."""
@@ -115,6 +128,9 @@ class grow:
     score: Score
     share: Distribution | None = None
     start: float = 0.0
+
+    def __repr__(self) -> str:
+        return _call(self)
 
     @property
     def needs_gradient(self) -> bool:
@@ -195,7 +211,7 @@ class chain:
         object.__setattr__(self, "rules", rules)
 
     def __repr__(self) -> str:
-        return f"chain({', '.join(map(repr, self.rules))})"
+        return f"chain({', '.join(map(call_of, self.rules))})"
 
     @property
     def needs_gradient(self) -> bool:
@@ -258,13 +274,36 @@ def _choose(score: Score, layer: Layer, count: int, candidates: Tensor) -> Tenso
     if score is random:
         assert layer.generator is not None
         return sample(candidates, count, layer.generator)
-    return top_k([layer.reduce(score(layer))], count, [candidates])[0]
+    with _naming(layer, score):
+        return top_k([layer.reduce(score(layer))], count, [candidates])[0]
 
 
 def _choose_in_groups(
     score: Score, layer: Layer, pattern: NM, counts: Tensor, candidates: Tensor
 ) -> Tensor:
     """The best ``counts`` candidates of every group, as a mask of the weight's shape."""
-    values = pattern.group(score(layer), layer.layout)
-    chosen = top_n_per_group(values, counts, candidates)
+    with _naming(layer, score):
+        values = pattern.group(score(layer), layer.layout)
+        chosen = top_n_per_group(values, counts, candidates)
     return pattern.ungroup(chosen, layer.shape, layer.layout)
+
+
+@contextmanager
+def _naming(layer: Layer, score: Score) -> Iterator[None]:
+    """Say of which layer the scores are not finite."""
+    try:
+        yield
+    except NonFiniteScoreError:
+        raise NonFiniteScoreError(
+            f"{call_of(score)} of {layer.name} is not finite everywhere."
+        ) from None
+
+
+def _call(rule: drop | grow) -> str:
+    """The call that makes a rule, without what is left at its default."""
+    parts = [call_of(rule.score)]
+    for field in dataclasses.fields(rule)[1:]:
+        value = getattr(rule, field.name)
+        if value != field.default:
+            parts.append(f"{field.name}={call_of(value)}")
+    return f"{type(rule).__name__}({', '.join(parts)})"

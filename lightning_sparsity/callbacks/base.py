@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -12,14 +12,14 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_sparsity.core.apportion import apportion
+from lightning_sparsity.core.apportion import apportion, fill, shares
 from lightning_sparsity.core.capture import Statistic
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.keeper import MaskKeeper
-from lightning_sparsity.core.layer import Distribution, Layer, Layers, Ramp, Rule
+from lightning_sparsity.core.layer import Distribution, Layer, Layers, Ramp, Rule, call_of
 from lightning_sparsity.core.method import Observe, Role, Share
 from lightning_sparsity.core.window import Window
-from lightning_sparsity.distributions import fixes_total, per_layer, unmatched
+from lightning_sparsity.distributions import fixes_total, is_exact, per_layer, uniform, unmatched
 from lightning_sparsity.reports import allocation_table
 from lightning_sparsity.rules import chain, drop, find, grow
 from lightning_sparsity.scores import magnitude, random
@@ -76,7 +76,7 @@ class MaskCallback(SparsityCallback):
         density: float | None,
         initial: Rule,
         default_distribution: Distribution,
-        distribution: Distribution | Mapping[str, float] | None = None,
+        distribution: Mapping[str, float] | Distribution | None = None,
         update: Rule | None = None,
         update_interval: int | Literal["epoch"] = 100,
         update_start: int | float = 0,
@@ -99,10 +99,12 @@ class MaskCallback(SparsityCallback):
         self._check("initial_density", initial_density, low_open=True)
         if isinstance(distribution, Mapping):
             distribution = self._named(per_layer, distribution)
-        if distribution is not None and not callable(distribution):
+        if distribution is not None and (
+            not callable(distribution) or isinstance(distribution, type)
+        ):
             raise TypeError(
-                f"{self._name}(distribution={distribution!r}): must be a distribution such as "
-                "lightning_sparsity.erk, or densities by name pattern, {'net.*': 0.1}."
+                f"{self._name}(distribution={call_of(distribution)}): must be a distribution such "
+                "as erk or epsilon(20), or densities by name pattern, {'net.*': 0.1}."
             )
         self.density = density
         self.distribution = distribution
@@ -118,6 +120,8 @@ class MaskCallback(SparsityCallback):
         self.ramp = ramp
         self.initial_density = initial_density
         self.observe = observe
+        if ramp is not None:
+            self._check_ramp(ramp)
         self.statistics = frozenset(statistics)
 
     def on_masks_ready(
@@ -142,38 +146,47 @@ class MaskCallback(SparsityCallback):
         fractions = [part.fraction_at(progress) for part in find(self.rule, drop)]
         return next((fraction for fraction in fractions if fraction is not None), None)
 
-    def begin(self, groups: Sequence[Layers], found: bool) -> list[Layers]:
+    @property
+    def only_prunes(self) -> bool:
+        """Whether no update ever brings a unit to life."""
+        return isinstance(self.rule, drop)
+
+    def begin(self, layers: Layers, share: Share) -> Layers:
         """Make masks, or fit those that were found to what was asked.
 
         Found masks are kept; a density scales their layer budgets, a distribution
         replaces them. A method that ramps starts from what it finds.
 
         Args:
-            groups: The layers, those of one optimizer together.
-            found: Whether an earlier method made the masks.
+            layers: The layers of one optimizer.
+            share: What part of the whole they are.
 
         Returns:
-            The layers of each group.
+            The layers as they should be.
 
         Raises:
-            ValueError: If nothing says what the density should be.
+            ValueError: If nothing says what the density should be, or a pattern of the
+                distribution matches no layer.
         """
-        names = [layer.name for layers in groups for layer in layers]
-        if typos := unmatched(self._distribution, names):
+        if typos := unmatched(self._distribution, share.names):
             raise ValueError(
                 f"{self._name}(distribution={self._distribution!r}): {typos[0]!r} matches no "
-                f"sparse layer; they are {', '.join(names)}."
+                f"sparse layer; they are {', '.join(share.names)}."
             )
-        if found and (self.ramps or (self.density is None and self.distribution is None)):
-            return list(groups)
-        if self.density is None and not found and not fixes_total(self._distribution):
+        if self.density is not None and fixes_total(self._distribution):
+            self._check_fixed(self.density, layers)
+        if share.found and (self.ramps or (self.density is None and self.distribution is None)):
+            return layers
+        if self.density is None and not share.found and not fixes_total(self._distribution):
             raise ValueError(
                 f"{self._name}(density=None): no earlier callback made masks, so a density is "
                 f"needed; for 90% sparsity pass {self._name}(density=0.1)."
             )
-        rule = _adapt if found else self.initial
-        budgets = [self._first_budget(groups, index, found) for index in range(len(groups))]
-        return [rule(layers, n, 0.0) for layers, n in zip(groups, budgets, strict=True)]
+        if self.ramps and fixes_total(self._distribution):
+            start = _part(self.initial_density, layers, share)
+            return self.initial(layers, uniform(layers, start), 0.0)
+        rule = _adapt if share.found else self.initial
+        return rule(layers, self._first_budget(layers, share), 0.0)
 
     def update(self, layers: Layers, share: Share, progress: float) -> Layers:
         """Apply the method's rule, towards the density of the moment if it ramps.
@@ -189,16 +202,7 @@ class MaskCallback(SparsityCallback):
         assert self.rule is not None
         if self.ramp is None:
             return self.rule(layers, [layer.live for layer in layers], progress)
-        assert self.density is not None
-        began = sum(share.start.values()) / share.sizes[share.index]
-        start = began if share.found else self.initial_density
-        now = self.ramp(start, self.density)(progress)
-        whole = len(layers) == len(share.start)
-        total = _part(now, share.sizes if whole else [_size(layers)], share.index if whole else 0)
-        inherits = share.found and self.distribution is None
-        return self.rule(
-            layers, self._budget(layers, now, total, share.start if inherits else None), progress
-        )
+        return self.rule(layers, self._ramp_budget(self.ramp, layers, share, progress), progress)
 
     # ---------------------------------------------------------------------- budgets
 
@@ -206,16 +210,32 @@ class MaskCallback(SparsityCallback):
     def _distribution(self) -> Distribution:
         return self.distribution or self.default_distribution
 
-    def _first_budget(self, groups: Sequence[Layers], index: int, found: bool) -> list[int]:
-        layers = groups[index]
-        live = sum(layer.live for layer in layers)
+    def _first_budget(self, layers: Layers, share: Share) -> list[int]:
+        """Live units per layer when the method begins."""
         density = self.initial_density if self.ramps else self.density
         if density is None:
-            density = live / _size(layers) if found else 1.0
-        total = _part(density, [_size(group) for group in groups], index)
+            density = _live(layers) / _size(layers) if share.found else 1.0
         start = {layer.name: layer.live for layer in layers}
-        inherits = found and self.distribution is None
-        return self._budget(_all_live(layers), density, total, start if inherits else None)
+        inherits = share.found and self.distribution is None
+        return self._budget(
+            _all_live(layers), density, _part(density, layers, share), start if inherits else None
+        )
+
+    def _ramp_budget(self, ramp: Ramp, layers: Layers, share: Share, progress: float) -> list[int]:
+        """Live units per layer on the way from the start to the final density."""
+        start = [share.start[layer.name] for layer in layers]
+        if fixes_total(self._distribution):
+            end = self._budget(_all_live(layers), 1.0, 0, None)
+            left = ramp(1.0, 0.0)(progress)
+            wanted = [b + (a - b) * left for a, b in zip(start, end, strict=True)]
+            return [min(round(n), layer.live) for n, layer in zip(wanted, layers, strict=True)]
+        assert self.density is not None
+        began = sum(start) / _size(layers) if share.found else self.initial_density
+        now = ramp(began, self.density)(progress)
+        inherits = share.found and self.distribution is None
+        return self._budget(
+            layers, now, _part(now, layers, share), share.start if inherits else None
+        )
 
     def _budget(
         self, layers: Layers, density: float, total: int, like: Mapping[str, int] | None
@@ -227,13 +247,28 @@ class MaskCallback(SparsityCallback):
             rest = self._budget(free, density, round(density * _size(free)), like) if free else []
             counts = {**fixed, **dict(zip((layer.name for layer in free), rest, strict=True))}
             return [counts[layer.name] for layer in layers]
-        if total > sum(layer.live for layer in layers):  # to grow: every position has room
+        if total > _live(layers):  # to grow: every position has room
             layers = _all_live(layers)
         if like is None:
-            return list(self._named(self._distribution, layers, total))
-        scale = total / sum(like[layer.name] for layer in layers)
-        ideal = [like[layer.name] * scale for layer in layers]
-        return apportion(ideal, [layer.live for layer in layers], total)
+            return self._split(layers, total)
+        capacity = [layer.live for layer in layers]
+        ideal = fill([like[layer.name] for layer in layers], capacity, total)
+        return apportion(ideal, capacity, total)
+
+    def _split(self, layers: Layers, total: int) -> list[int]:
+        """What the distribution says, checked: it may be the user's."""
+        counts = list(self._named(self._distribution, layers, total))
+        fits = len(counts) == len(layers) and all(
+            isinstance(n, int) and 0 <= n <= layer.live
+            for n, layer in zip(counts, layers, strict=False)
+        )
+        if not fits or (is_exact(self._distribution) and sum(counts) != total):
+            raise ValueError(
+                f"{self._name}: {call_of(self._distribution)} gave {counts} for "
+                f"{[layer.name for layer in layers]}; a distribution gives one int per layer, from "
+                f"0 to {[layer.live for layer in layers]}, {total} in all."
+            )
+        return counts
 
     # ----------------------------------------------------------------------- checks
 
@@ -267,6 +302,35 @@ class MaskCallback(SparsityCallback):
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise TypeError(f"{self._name}(seed={seed!r}): must be an int or None.")
 
+    def _check_callable(self, name: str, value: object, example: str) -> None:
+        """Raise unless ``value`` is a function or None."""
+        if value is not None and not callable(value):
+            raise TypeError(
+                f"{self._name}({name}={value!r}): must be a function, such as {example}."
+            )
+
+    def _check_ramp(self, ramp: Ramp) -> None:
+        if self.only_prunes and self.density is not None and self.initial_density < self.density:
+            raise ValueError(
+                f"{self._name}(density={self.density}, initial_density={self.initial_density}): "
+                "it only prunes; initial_density must be at least density."
+            )
+        try:
+            ramp(1.0, self.density or 0.5)(0.0)
+        except TypeError:
+            raise TypeError(
+                f"{self._name}(ramp={call_of(ramp)}): must make a schedule from the initial and "
+                "the final density: a class such as cubic, not cubic(1.0, 0.1)."
+            ) from None
+
+    def _check_fixed(self, density: float, layers: Layers) -> None:
+        counts = self._budget(_all_live(layers), 1.0, 0, None)
+        if abs(sum(counts) - density * _size(layers)) > len(layers):
+            raise ValueError(
+                f"{self._name}(density={density}): {call_of(self._distribution)} fixes the density "
+                f"at {sum(counts) / _size(layers):.4g}; leave one of the two out."
+            )
+
     def _check_pattern(self, density: float | None, structure: NM) -> float:
         if density not in (None, structure.density):
             raise ValueError(
@@ -278,6 +342,10 @@ class MaskCallback(SparsityCallback):
 
 def _size(layers: Layers) -> int:
     return sum(layer.size for layer in layers)
+
+
+def _live(layers: Layers) -> int:
+    return sum(layer.live for layer in layers)
 
 
 def _is_limited(layer: Layer) -> bool:
@@ -295,7 +363,10 @@ def _all_live(layers: Layers) -> Layers:
     return [dataclasses.replace(layer, mask=torch.ones_like(layer.mask)) for layer in layers]
 
 
-def _part(density: float, sizes: Sequence[int], index: int) -> int:
-    """Integer share of ``density`` of all units that falls to one of several groups."""
-    total = max(len(sizes), round(density * sum(sizes)))
-    return apportion([density * size for size in sizes], list(sizes), total)[index]
+def _part(density: float, layers: Layers, share: Share) -> int:
+    """Integer share of ``density`` of all units that falls to the layers of one optimizer."""
+    size = _size(layers)
+    if size != share.sizes[share.index]:  # not all of them are here
+        return max(1, round(density * size))
+    total = max(len(share.sizes), round(density * sum(share.sizes)))
+    return shares(total, share.sizes)[share.index]

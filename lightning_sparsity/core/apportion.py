@@ -108,3 +108,26 @@ def check_total(total: int, least: Sequence[int], most: Sequence[int]) -> None:
             f"{1 - density:.6g} (density {density:.4g}); raise the density, or leave layers out "
             "with exclude=."
         )
+
+
+def shares(total: int, sizes: Sequence[int]) -> list[int]:
+    """Split ``total`` by size so that no share falls when the total rises (Webster).
+
+    Largest remainders would, now and then: a ramp of several optimizers could then not
+    keep both its parts and its sum.
+
+    Args:
+        total: Units to split, at most the sum of ``sizes``.
+        sizes: Units that there are.
+
+    Example:
+        >>> shares(655, [72, 2112])
+        [22, 633]
+    """
+    whole = max(sum(sizes), 1)
+    least = 1 if total >= len(sizes) else 0  # no part is left without anything
+    counts = [max(total * size // whole - len(sizes), min(least, size)) for size in sizes]
+    while sum(counts) < total:
+        open_ = [i for i, size in enumerate(sizes) if counts[i] < size]
+        counts[max(open_, key=lambda i: (sizes[i] / (2 * counts[i] + 1), -i))] += 1
+    return counts

@@ -31,7 +31,8 @@ class Capture:
         for kept in parameters:
             self._found[kept.name] = {statistic: [] for statistic in self._wanted}
             hook = partial(self._after_forward, kept.name)
-            self._handles.append(kept.module.register_forward_hook(hook))
+            handle = kept.module.register_forward_hook(hook, with_kwargs=True)
+            self._handles.append(handle)
 
     def of(self, name: str) -> dict[str, tuple[Tensor, ...]]:
         """What was recorded for the parameter of this name."""
@@ -44,15 +45,15 @@ class Capture:
         self._handles, self._found = [], {}
 
     def _after_forward(
-        self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
-        if not module.training or name not in self._found:
-            return
-        if "inputs" in self._wanted:
-            self._found[name]["inputs"].append(args[0].detach())
-        if "output_grads" in self._wanted and output.requires_grad:
-            output.register_hook(partial(self._after_backward, name))
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        output = out[0] if isinstance(out, tuple) else out
+        # A pass that gets no gradient (validation, checkpointing's first) does not count.
+        if given and isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(partial(self._after_backward, name, given[0].detach()))
 
-    def _after_backward(self, name: str, grad: Tensor) -> None:
-        if name in self._found:
-            self._found[name]["output_grads"].append(grad.detach())
+    def _after_backward(self, name: str, given: Tensor, grad: Tensor) -> None:
+        for statistic, tensor in (("inputs", given), ("output_grads", grad.detach())):
+            if statistic in self._found.get(name, {}):
+                self._found[name][statistic].append(tensor)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import nn
 
+from lightning_sparsity.core.layer import call_of
 from lightning_sparsity.structures import Layout
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -47,8 +49,13 @@ class Candidate:
         return Layout()
 
 
-ParameterFilter = Callable[[Candidate], bool]
-"""True for parameters that it chooses."""
+class ParameterFilter(Protocol):
+    """True for parameters that it chooses."""
+
+    def __call__(self, candidate: Candidate, /) -> bool:
+        """Whether ``candidate`` is chosen."""
+        ...
+
 
 # Strings come last, so that a command line takes import paths for what they are.
 _One = type[nn.Module] | ParameterFilter | str
@@ -124,8 +131,8 @@ def select(
     left = [c for c in chosen if id(c) not in dropped]
     if not left:
         raise ValueError(
-            f"include={include!r}, exclude={exclude!r} leaves no parameter of the model; "
-            f"linear and convolutional weights are {_names(filter(linear_and_conv, pool))}."
+            f"include={call_of(include)}, exclude={call_of(exclude)} leaves no parameter of the "
+            f"model; linear and convolutional weights are {_names(filter(linear_and_conv, pool))}."
         )
     return left
 
@@ -156,6 +163,11 @@ def _matches(pool: list[Candidate], selection: Selection, argument: str) -> list
                 f"its modules are {_names(weights)}."
             )
         return found
+    if isinstance(selection, nn.Module):
+        raise TypeError(
+            f"{argument}={type(selection).__name__}(...) is a module; give its name, or the class "
+            f"{type(selection).__name__} for all of its kind."
+        )
     if callable(selection):
         return [c for c in usable if selection(c)]
     if isinstance(selection, Sequence):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,9 +19,9 @@ from lightning_sparsity.core.capture import Capture
 from lightning_sparsity.core.layer import Layer, Layers
 from lightning_sparsity.core.masks import Masks
 from lightning_sparsity.core.method import Share
-from lightning_sparsity.core.plan import Assignment, assign, check_windows
+from lightning_sparsity.core.plan import Assignment, assign, check_order, check_windows
 from lightning_sparsity.core.randomness import default_seed, generator, set_rng_state
-from lightning_sparsity.core.run import Owner, Run, by_optimizer
+from lightning_sparsity.core.run import Owner, Run, by_optimizer, carry_over, census
 from lightning_sparsity.ops.selection import NonFiniteScoreError
 from lightning_sparsity.scores import needs_gradient
 
@@ -50,6 +50,8 @@ class MaskKeeper(Callback):
         self._restored: dict[str, Any] = {}
         self._model: Callable[[], pl.LightningModule | None] = _nobody
         self._trainer: pl.Trainer | None = None
+        self._census: list[tuple[int, int]] = []
+        self._rng_is_due = False
         self._seed = 0
         self._total = float("inf")
         self._in_batch = False
@@ -87,36 +89,59 @@ class MaskKeeper(Callback):
         self._model = weakref.ref(pl_module)
         self._trainer = trainer
         _refuse(trainer)
-        if rng := self._restored.pop("rng", None):
-            set_rng_state(rng)
         self._assignments, parameters = assign(pl_module, _callbacks(trainer))
-        self._owners = by_optimizer(parameters, trainer.optimizers)
+        self._gradients_stay_masked = _only_we_touch_gradients(pl_module)
+        self.masks = Masks(parameters)
+        self._group()
+        if self._restored:
+            self._compare(self._restored)
+            if self._rng_is_due:
+                set_rng_state(self._restored["rng"])
+        self._rng_is_due = False
+
+    def _group(self) -> None:
+        """Group the parameters by optimizer, and let methods go on where they were."""
+        assert self.masks is not None
+        assert self._trainer is not None
+        owners, runs = self._owners, self._runs
+        for handle in self._handles:
+            handle.remove()
+        optimizers = self._trainer.optimizers
+        self._census = census(optimizers)
+        self._owners = by_optimizer(list(self.masks), optimizers)
+        for place, owner in enumerate(self._owners):
+            twins = [o for o in owners if o.optimizer is owner.optimizer] or owners[place:]
+            owner.steps = twins[0].steps if twins else 0
         self._runs = [
-            Run(a.key, a.method, owner, names)
+            Run(a.key, a.method, owner, size)
             for a in self._assignments
             for owner in self._owners
-            if (names := [p.name for p in owner.parameters if p.name in a.names])
+            if (size := {p.name: p.size for p in owner.parameters if p.name in a.names})
         ]
-        self._gradients_stay_masked = _only_we_touch_gradients(pl_module)
+        if runs:
+            carry_over(runs, self._runs)
         self._handles = [
             owner.optimizer.register_step_post_hook(self._after_step)
             for owner in self._owners
             if owner.optimizer is not None
         ]
-        self.masks = Masks(parameters)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the masks, or make them, and set the weights to zero off them."""
         assert self.masks is not None
         self._open_windows(trainer)
         if self._restored:
-            self._restore(self._restored)
+            self._compare(self._restored)
+            self._seed = self._restored["seed"]
+            state.restore(self._restored, self.masks, self._owners, self._runs)
             self._restored = {}
         else:
+            for owner in self._owners:  # more than 0 where a dense training goes on
+                owner.steps = trainer.global_step // max(len(trainer.optimizers), 1)
             self._seed = int(trainer.strategy.broadcast(default_seed()))
             self._begin_all()
         for owner in self._owners:
-            self.masks.enforce(owner.parameters, owner.optimizer)
+            self.masks.enforce(owner.stepping, owner.optimizer)
         if not _is_dev_run(trainer):
             self._warn_of_idle_methods()
         for callback in _callbacks(trainer):
@@ -135,7 +160,7 @@ class MaskKeeper(Callback):
 
     def _release(self) -> None:
         if self.masks is not None:
-            self._restored = {k: v for k, v in self.state_dict().items() if k != "rng"}
+            self._restored = self.state_dict()
         for handle in self._handles:
             handle.remove()
         for owner in self._owners:
@@ -156,6 +181,12 @@ class MaskKeeper(Callback):
                 steps = a.method.window.resolve(self._total, arrives=a.method.ramps)
             except ValueError as error:
                 raise MisconfigurationException(f"{a.key}: {error}") from None
+            if steps.start > steps.end and not _is_dev_run(trainer):
+                raise MisconfigurationException(
+                    f"{a.key}: update_end={a.method.window.end!r} is step {steps.end} of "
+                    f"{self._total:g} and comes before update_start={a.method.window.start!r}, "
+                    f"step {steps.start}. Give both as steps or both as fractions."
+                )
             windows.append((a.key, steps, frozenset(a.names)))
             for run in self._runs:
                 run.steps = steps if run.key == a.key else run.steps
@@ -177,36 +208,37 @@ class MaskKeeper(Callback):
         """
         assert self.masks is not None
         layers = {layer.name: layer for run in self._runs for layer in self._layers(run)}
-        made: set[str] = set()
+        made: dict[str, tuple[str, float]] = {}  # who acted last, and the density it leaves
         taken: set[str] = set()
         for a in self._assignments:
             names = set(a.names)
-            if a.method.role == "updater":
-                if names & taken:
-                    continue
-                taken |= names
-            if names & made and names - made:
-                raise MisconfigurationException(
-                    f"{a.key}: an earlier callback made masks for {min(names & made)} but none for "
-                    f"{min(names - made)}. Give the two sets of parameters to two callbacks, with "
-                    "include= and exclude=."
-                )
-            self._begin([r for r in self._runs if r.key == a.key], layers, found=names <= made)
-            made |= names
-        for owner in self._owners:
-            self.masks.commit([layers[p.name] for p in owner.parameters], owner.optimizer)
+            check_order(a, made)
+            if a.method.role == "initial" or not names & taken:
+                for run in self._runs:
+                    if run.key == a.key:
+                        run.share = self._begin(run, layers, found=bool(names & made.keys()))
+            taken |= names if a.method.role == "updater" else set()
+            units = [layers[name] for name in a.names]
+            real = sum(layer.live for layer in units) / sum(layer.size for layer in units)
+            made |= dict.fromkeys(a.names, (a.key, a.method.density or real))
+        self.masks.commit(list(layers.values()), self._optimizers)
 
-    def _begin(self, runs: Sequence[Run], layers: dict[str, Layer], found: bool) -> None:
+    def _begin(self, run: Run, layers: dict[str, Layer], found: bool) -> Share:
         """Let a method take over; ``layers`` are replaced by what it makes of them."""
-        groups = [
-            [dataclasses.replace(layers[fresh.name], generator=fresh.generator) for fresh in mine]
-            for mine in map(self._layers, runs)
+        mates = [r for r in self._runs if r.key == run.key]
+        share = Share(
+            names=next(a.names for a in self._assignments if a.key == run.key),
+            sizes=tuple(sum(mate.size.values()) for mate in mates),
+            index=mates.index(run),
+            found=found,
+        )
+        mine = [
+            dataclasses.replace(layers[fresh.name], generator=fresh.generator)
+            for fresh in self._layers(run)
         ]
-        sizes = tuple(sum(layer.size for layer in group) for group in groups)
-        begun = runs[0].method.begin(groups, found)
-        for index, (run, group) in enumerate(zip(runs, begun, strict=True)):
-            run.share = Share(sizes, index, {layer.name: layer.live for layer in group}, found)
-            layers |= {layer.name: layer for layer in group}
+        begun = run.method.begin(mine, share)
+        layers |= {layer.name: layer for layer in begun}
+        return dataclasses.replace(share, start={layer.name: layer.live for layer in begun})
 
     def _layers(self, run: Run) -> Layers:
         assert self.masks is not None
@@ -224,7 +256,13 @@ class MaskKeeper(Callback):
 
     def on_train_batch_start(self, *args: Any) -> None:
         """Optimizer steps count as training from here; record activations if asked to."""
+        assert self.masks is not None
         self._in_batch = True
+        self._follow_optimizers()
+        for owner in self._owners:
+            if owner.touched():
+                self.masks.enforce(owner.stepping)
+                owner.remember()
         ending = self._ending_epoch()
         for run in self._runs:
             if run.method.statistics and run.due(ending, self._total, ahead=1):
@@ -247,13 +285,20 @@ class MaskKeeper(Callback):
     ) -> None:
         """Read what the methods need from the dense gradients, then mask them."""
         assert self.masks is not None
+        self._follow_optimizers()
         owner = self._owner(optimizer)
         if owner is not None:
             if owner.touched():
-                self.masks.enforce(owner.parameters)
+                self.masks.enforce(owner.stepping)
             self._keep_gradients(owner, copy=True)
-            self.masks.enforce_gradients(owner.parameters)
+            self.masks.enforce_gradients(owner.stepping)
             owner.masked = True
+
+    def _follow_optimizers(self) -> None:
+        """See new optimizers, and parameters that joined one in training."""
+        assert self._trainer is not None
+        if census(self._trainer.optimizers) != self._census:
+            self._group()
 
     def _keep_gradients(self, owner: Owner, copy: bool) -> None:
         """Show dense gradients to the methods that observe, keep them for due updates."""
@@ -290,7 +335,7 @@ class MaskKeeper(Callback):
         if not owner.masked:  # a raw optimizer: its gradients are still dense
             self._keep_gradients(owner, copy=False)
         if not (owner.masked and self._gradients_stay_masked and owner.keeps_zeros()):
-            self.masks.enforce(owner.parameters, optimizer)
+            self.masks.enforce(owner.stepping, optimizer)
         owner.steps += 1
         ending = self._ending_epoch()
         for run in self._runs:
@@ -313,21 +358,21 @@ class MaskKeeper(Callback):
         run.updates += 1
         layers = {layer.name: layer for layer in self._layers(run)}
         try:
-            if run.share is None:
-                self._begin([run], layers, found=True)
-            assert run.share is not None
+            share = run.share or self._begin(run, layers, found=True)
             ready = self._with_gradient(run, list(layers.values()))
             if ready:
-                changed = run.method.update(ready, run.share, run.progress)
+                changed = run.method.update(ready, share, run.progress)
                 layers |= {layer.name: layer for layer in changed}
         except NonFiniteScoreError as error:
             run.updates -= 1
             run.pending = True
             self._warn_once(
-                f"{run.key}: {error} The update waits for the next step with finite scores."
+                f"{run.key}: {error} The update waits for the next step with finite scores.",
+                about=f"{run.key} waits",
             )
             return
-        self.masks.commit(list(layers.values()), run.owner.optimizer)
+        self.masks.commit(list(layers.values()), self._optimizers)
+        run.share = share
         run.pending = False
         run.last_epoch = self._epoch()
 
@@ -365,7 +410,7 @@ class MaskKeeper(Callback):
                 self._warn_once(
                     f"{run.key}: training ended at step {run.owner.steps}, before update_end "
                     f"(step {run.steps.end}); the density is {density:.4g}, not "
-                    f"{run.method.density}."
+                    f"{run.method.density or 'the final one'}."
                 )
 
     def _enforce_weights(self) -> None:
@@ -400,8 +445,9 @@ class MaskKeeper(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Only store: the state is compared and applied when training starts."""
         self._restored = dict(state_dict)
+        self._rng_is_due = True
 
-    def _restore(self, saved: dict[str, Any]) -> None:
+    def _compare(self, saved: dict[str, Any]) -> None:
         assert self.masks is not None
         if found := state.differences(
             saved, self.masks, self._assignments, self._owners, self._runs
@@ -411,8 +457,6 @@ class MaskKeeper(Callback):
                 + "\n  ".join(found)
                 + "\nUse the callbacks and the model it was made with, or load only its weights."
             )
-        self._seed = saved["seed"]
-        state.restore(saved, self.masks, self._owners, self._runs)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles its state, without the Trainer and the model."""
@@ -432,9 +476,14 @@ class MaskKeeper(Callback):
     def _owner(self, optimizer: Optimizer) -> Owner | None:
         return next((o for o in self._owners if o.optimizer is optimizer), None)
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
+    @property
+    def _optimizers(self) -> list[Optimizer]:
+        assert self._trainer is not None
+        return self._trainer.optimizers
+
+    def _warn_once(self, message: str, about: str | None = None) -> None:
+        if (about or message) not in self._warned:
+            self._warned.add(about or message)
             rank_zero_warn(message)
 
 

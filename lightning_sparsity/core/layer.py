@@ -87,6 +87,11 @@ def dense_layers(shapes: Mapping[str, Sequence[int]]) -> list[Layer]:
     ]
 
 
+def call_of(part: object) -> str:
+    """The name of a function, the repr of anything else, for messages and reprs."""
+    return getattr(part, "__name__", repr(part))
+
+
 Layers = Sequence[Layer]
 """The layers that a rule or a distribution works on."""
 

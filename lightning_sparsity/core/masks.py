@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class Masks:
         return self.live / self.numel
 
     @torch.no_grad()
-    def commit(self, layers: Layers, optimizer: Optimizer | None = None) -> None:
+    def commit(self, layers: Layers, optimizers: Sequence[Optimizer] = ()) -> None:
         """Write the masks and weights of ``layers`` to the model.
 
         Weights that died get zero, and so does their optimizer state and that of the
@@ -64,20 +64,20 @@ class Masks:
 
         Args:
             layers: What a rule returned.
-            optimizer: Owner of the weights; None if there is no state to follow.
+            optimizers: Those whose state follows the weights.
         """
         for layer in layers:
-            self._commit(layer, self[layer.name], optimizer)
+            self._commit(layer, self[layer.name], optimizers)
         self.changes += 1
 
-    def _commit(self, layer: Layer, kept: SparseParameter, optimizer: Optimizer | None) -> None:
+    def _commit(self, layer: Layer, kept: SparseParameter, optimizers: Sequence[Optimizer]) -> None:
         changed = layer.mask is not kept.mask
         if changed:
             kept.set_mask(layer.mask)
         if layer.weight.data_ptr() != kept.parameter.data_ptr():
             kept.parameter.copy_(layer.weight)
         # State off the old mask is zero already, so the new mask clears all but survivors.
-        state = optimizer_state(kept, optimizer) if changed and optimizer is not None else []
+        state = [t for o in optimizers for t in optimizer_state(kept, o)] if changed else []
         if not kept.is_dense:
             apply_gate([kept.parameter, *state], [kept.gate] * (1 + len(state)))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -23,19 +23,21 @@ Observe = Callable[[Layer], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Share:
-    """The part of a method's weights that one optimizer owns, as the method began.
+    """The part of a method's weights that one optimizer owns.
 
     Args:
+        names: Every parameter of the method.
         sizes: Units of the method that each optimizer owns.
         index: Which of them this part is.
-        start: Live units by parameter name when the method began.
-        found: Whether an earlier method had made the masks.
+        found: Whether an earlier method had made the masks when this one began.
+        start: Live units by parameter name as the method began; empty before.
     """
 
+    names: tuple[str, ...]
     sizes: tuple[int, ...]
     index: int
-    start: Mapping[str, int]
     found: bool
+    start: Mapping[str, int] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -69,15 +71,20 @@ class Method(Protocol):
     seed: int | None
     density: float | None
 
-    def begin(self, groups: Sequence[Layers], found: bool) -> list[Layers]:
+    @property
+    def only_prunes(self) -> bool:
+        """Whether no update ever brings a unit to life."""
+        ...
+
+    def begin(self, layers: Layers, share: Share) -> Layers:
         """Make masks, or adapt those that an earlier method made.
 
         Args:
-            groups: The layers, those of one optimizer together.
-            found: Whether an earlier method made the masks.
+            layers: The layers of one optimizer.
+            share: What part of the whole they are.
 
         Returns:
-            The layers of each group as they should be.
+            The layers as they should be.
         """
         ...
 

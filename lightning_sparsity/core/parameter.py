@@ -56,6 +56,11 @@ class SparseParameter:
         return self.parameter.numel()
 
     @property
+    def size(self) -> int:
+        """Number of units, live or not (weights, if unstructured)."""
+        return self.structure.size(tuple(self.parameter.shape), self.layout)
+
+    @property
     def live(self) -> int:
         """Number of live weights."""
         if self._live is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning.pytorch.callbacks import Callback
@@ -82,6 +82,33 @@ def check_windows(windows: Sequence[tuple[str, Steps, frozenset[str]]]) -> None:
                 )
 
 
+def check_order(assignment: Assignment, made: Mapping[str, tuple[str, float]]) -> None:
+    """Refuse a method that cannot go on from what those before it leave.
+
+    Args:
+        assignment: The method.
+        made: By parameter: who acted on it last, and the density it leaves.
+
+    Raises:
+        MisconfigurationException: If the method found masks on some of its parameters
+            only, or would have to grow and only prunes.
+    """
+    key, method, names = assignment.key, assignment.method, set(assignment.names)
+    found, fresh = names & made.keys(), names - made.keys()
+    if found and fresh:
+        raise MisconfigurationException(
+            f"{key}: an earlier callback made masks for {min(found)} but none for {min(fresh)}. "
+            "Give the two sets of parameters to two callbacks, with include= and exclude=."
+        )
+    for name in sorted(found):
+        earlier, density = made[name]
+        if method.only_prunes and method.density is not None and density < method.density:
+            raise MisconfigurationException(
+                f"{key}(density={method.density}) only prunes, and {earlier} leaves a density of "
+                f"{density:.4g} before it. Lower the density of {key}, or raise that of {earlier}."
+            )
+
+
 def _keys(methods: Sequence[Method]) -> list[str]:
     """Class names, numbered from the second of a kind."""
     names = [type(method).__name__ for method in methods]
@@ -95,6 +122,11 @@ def _select(key: str, method: Method, pool: list[Candidate]) -> list[Candidate]:
     except (TypeError, ValueError) as error:
         raise type(error)(f"{key}: {error}") from None
     for candidate in found:
+        if getattr(candidate.module, "sparse", False) or not candidate.parameter.ndim:
+            raise ValueError(
+                f"{key}: {candidate.name} has sparse gradients or no dimensions, and cannot be "
+                "masked; leave it out with exclude=."
+            )
         if isinstance(candidate.parameter, UninitializedParameter):
             raise ValueError(
                 f"{key}: {candidate.name} is not initialised yet; run one batch through the lazy "

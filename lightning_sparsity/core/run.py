@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from lightning_sparsity.core.capture import Capture
 from lightning_sparsity.core.method import Method, Share
@@ -33,7 +34,8 @@ class Owner:
 
     Args:
         optimizer: The optimizer; None for parameters that no optimizer steps.
-        parameters: The sparse parameters it steps.
+        parameters: The sparse parameters that are its own.
+        shared: Sparse parameters it steps too, but that an earlier optimizer owns.
         steps: Steps it was asked for in training, skipped ones included.
         masked: Whether gradients were masked for a step that has not come yet.
         kept: Dense gradients of this step, by parameter name, where a method needs them.
@@ -42,11 +44,17 @@ class Owner:
 
     optimizer: Optimizer | None
     parameters: list[SparseParameter]
+    shared: list[SparseParameter] = field(default_factory=list)
     steps: int = 0
     masked: bool = False
     kept: dict[str, Tensor] = field(default_factory=dict)
     capture: Capture | None = None
-    _versions: list[int] = field(default_factory=list)
+    _seen: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def stepping(self) -> list[SparseParameter]:
+        """Every sparse parameter that the optimizer steps."""
+        return self.parameters + self.shared
 
     def forget(self) -> None:
         """Let go of what was kept for one step."""
@@ -61,20 +69,33 @@ class Owner:
         found_inf = getattr(self.optimizer, "found_inf", None)
         if isinstance(found_inf, Tensor) and bool(found_inf.item()):
             return False
-        return any(p.parameter.grad is not None for p in self.parameters)
+        return any(p.parameter.grad is not None for p in self.stepping)
 
     def keeps_zeros(self) -> bool:
         """Whether zero weights with zero gradients are certain to stay zero in a step."""
-        pre_hooks = getattr(self.optimizer, "_optimizer_step_pre_hooks", None)
-        return type(self.optimizer) in _ZERO_STAYS_ZERO and not pre_hooks
+        optimizer = self.optimizer
+        if optimizer is None or type(optimizer) not in _ZERO_STAYS_ZERO:
+            return False
+        if _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
+            return False
+        # One post-hook is ours; others may write to the weights.
+        if optimizer._optimizer_step_pre_hooks or len(optimizer._optimizer_step_post_hooks) > 1:
+            return False
+        return all(group.get("eps", 1.0) > 0 for group in optimizer.param_groups)  # 0 / 0
 
     def remember(self) -> None:
         """Note the state of the weights, for :meth:`touched`."""
-        self._versions = [p.parameter._version for p in self.parameters]
+        self._seen = self._look()
 
     def touched(self) -> bool:
-        """Whether somebody wrote to the weights in place since :meth:`remember`."""
-        return self._versions != [p.parameter._version for p in self.parameters]
+        """Whether somebody wrote to the weights since :meth:`remember`.
+
+        Writes through ``.data`` leave no trace, unless they replace the storage.
+        """
+        return self._seen != self._look()
+
+    def _look(self) -> list[tuple[int, int]]:
+        return [(p.parameter._version, p.parameter.data_ptr()) for p in self.stepping]
 
 
 @dataclass(eq=False)
@@ -85,7 +106,7 @@ class Run:
         key: Name of the method, such as ``RigL``.
         method: The callback.
         owner: Whose parameters.
-        names: Plain names of the parameters.
+        size: Units of each parameter, by plain name.
         steps: The method's window; None if it makes no updates.
         share: What the method began with; None before it began.
         updates: Updates so far.
@@ -96,7 +117,7 @@ class Run:
     key: str
     method: Method
     owner: Owner
-    names: list[str]
+    size: dict[str, int]
     steps: Steps | None = None
     share: Share | None = None
     updates: int = 0
@@ -120,6 +141,11 @@ class Run:
         return self.pending or self.steps.due(step, last_of_epoch)
 
     @property
+    def names(self) -> list[str]:
+        """Plain names of the parameters."""
+        return list(self.size)
+
+    @property
     def progress(self) -> float:
         """How much of the window has passed, in [0, 1]; 0 without a window."""
         return self.steps.progress(self.owner.steps) if self.steps else 0.0
@@ -135,19 +161,37 @@ def by_optimizer(
     parameters: Sequence[SparseParameter], optimizers: Sequence[Optimizer]
 ) -> list[Owner]:
     """One owner per optimizer that steps a sparse parameter, and one for those of none."""
-    owned: dict[int, list[SparseParameter]] = {}
-    for parameter in parameters:
-        owned.setdefault(_first_owner(parameter, optimizers), []).append(parameter)
-    return [
-        Owner(optimizers[index] if index < len(optimizers) else None, members)
-        for index, members in sorted(owned.items())
-    ]
+    left = list(parameters)
+    owners = []
+    for optimizer in optimizers:
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        all_of_it = [p for p in parameters if id(p.parameter) in stepped]
+        own = [p for p in left if id(p.parameter) in stepped]
+        left = [p for p in left if id(p.parameter) not in stepped]
+        if all_of_it:
+            owners.append(Owner(optimizer, own, [p for p in all_of_it if p not in own]))
+    return [*owners, Owner(None, left)] if left else owners
 
 
-def _first_owner(parameter: SparseParameter, optimizers: Sequence[Optimizer]) -> int:
-    """Index of the first optimizer that steps ``parameter``; their number if none does."""
-    for index, optimizer in enumerate(optimizers):
-        for group in optimizer.param_groups:
-            if any(parameter.parameter is p for p in group["params"]):
-                return index
-    return len(optimizers)
+def census(optimizers: Sequence[Optimizer]) -> list[tuple[int, int]]:
+    """Which optimizers there are and how many parameters they step, to see a change."""
+    return [(id(o), sum(len(group["params"]) for group in o.param_groups)) for o in optimizers]
+
+
+def carry_over(old: Sequence[Run], new: Sequence[Run]) -> None:
+    """Let runs over newly grouped parameters go on where the old ones were."""
+    for run in new:
+        before = [r for r in old if r.key == run.key]
+        twin = next((r for r in before if r.owner.optimizer is run.owner.optimizer), before[0])
+        run.steps, run.updates = twin.steps, twin.updates
+        run.pending, run.last_epoch = twin.pending, twin.last_epoch
+        mates = [r for r in new if r.key == run.key]
+        parts = [r.share for r in before if r.share is not None]
+        if parts:
+            start = {name: live for part in parts for name, live in part.start.items()}
+            run.share = replace(
+                parts[0],
+                sizes=tuple(sum(mate.size.values()) for mate in mates),
+                index=mates.index(run),
+                start={name: start[name] for name in run.names if name in start},
+            )

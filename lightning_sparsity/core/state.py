@@ -64,7 +64,8 @@ def differences(
     methods = [_describe(a) for a in assignments]
     if methods != state["methods"]:
         found.append(f"callbacks: {state['methods']} in the checkpoint, {methods} now")
-    if len(owners) != len(state["steps"]) or len(runs) != len(state["runs"]):
+    grouped = (len(owners), len(runs))
+    if not found and grouped != (len(state["steps"]), len(state["runs"])):
         found.append(f"optimizers: {len(state['steps'])} in the checkpoint, {len(owners)} now")
     return found
 
@@ -93,13 +94,7 @@ def _save_run(run: Run) -> dict[str, Any]:
         "updates": run.updates,
         "pending": run.pending,
         "last_epoch": run.last_epoch,
-        "share": share
-        and {
-            "sizes": share.sizes,
-            "index": share.index,
-            "start": dict(share.start),
-            "found": share.found,
-        },
+        "share": share and {**vars(share), "start": dict(share.start)},
     }
 
 

@@ -64,7 +64,7 @@ def update(given):
     masks = Masks([kept])
     layer = Layer(kept.name, kept.weight, kept.mask, grad=values(given, "dense_grad"))
     rule = RigL(0.5, drop_fraction=given["alpha"]).rule
-    masks.commit(rule([layer], [layer.live], given["step"] / given["t_end"]), optimizer)
+    masks.commit(rule([layer], [layer.live], given["step"] / given["t_end"]), [optimizer])
     return kept, optimizer
 
 

@@ -45,7 +45,8 @@ result = fit(
 )
 if result.trainer.is_global_zero:
     live = {name: int(mask.sum()) for name, mask in result.masks.items()}
-    print("RESULT", json.dumps([live, result.changes, len(result.history)]))
+    print("RESULT", json.dumps([live, result.changes, len(result.history)]), flush=True)
+torch.distributed.destroy_process_group()
 """
 
 

@@ -31,7 +31,7 @@ def trained(mask, make, dtype=torch.float32, steps=3):
     masks = Masks([SparseParameter(candidates(module)[0], Unstructured())])
     kept = masks["weight"]
     optimizer = make(module.parameters())
-    masks.commit([dataclasses.replace(view(kept), mask=mask.clone())], optimizer)
+    masks.commit([dataclasses.replace(view(kept), mask=mask.clone())], [optimizer])
     for _ in range(steps):
         module(torch.randn(4, mask.shape[1], dtype=dtype)).square().sum().backward()
         masks.enforce_gradients([kept])
@@ -58,7 +58,7 @@ def test_survivors_keep_their_bits_and_all_others_are_zero(name):
     assert len(state) == {"momentum": 1, "adam": 2, "amsgrad": 3, "rmsprop": 3}[name]
     assert all((t[OLD] != 0).all() for t in (weight, *state))
 
-    masks.commit([dataclasses.replace(view(kept), mask=NEW.clone())], optimizer)
+    masks.commit([dataclasses.replace(view(kept), mask=NEW.clone())], [optimizer])
 
     survivors = OLD & NEW
     for before, after in zip(
@@ -76,7 +76,7 @@ def test_new_values_are_written_where_the_mask_lives():
     masks, kept, optimizer = trained(OLD, OPTIMIZERS["adam"])
     layer = dataclasses.replace(view(kept), mask=NEW.clone(), weight=torch.full((2, 5), 7.0))
     before = [t.clone() for t in optimizer_state(kept, optimizer)]
-    masks.commit([layer], optimizer)
+    masks.commit([layer], [optimizer])
     assert torch.equal(kept.parameter.detach(), 7.0 * NEW)
     for old, new in zip(before, optimizer_state(kept, optimizer), strict=True):
         assert torch.equal(new, old * (OLD & NEW))
@@ -85,7 +85,7 @@ def test_new_values_are_written_where_the_mask_lives():
 def test_new_values_under_the_old_mask():
     masks, kept, optimizer = trained(OLD, OPTIMIZERS["adam"])
     before = [t.clone() for t in optimizer_state(kept, optimizer)]
-    masks.commit([dataclasses.replace(view(kept), weight=torch.full((2, 5), 7.0))], optimizer)
+    masks.commit([dataclasses.replace(view(kept), weight=torch.full((2, 5), 7.0))], [optimizer])
     assert torch.equal(kept.parameter.detach(), 7.0 * OLD)
     for old, new in zip(before, optimizer_state(kept, optimizer), strict=True):
         assert torch.equal(new, old)
@@ -95,7 +95,7 @@ def test_values_that_are_not_numbers_do_not_stay_off_the_mask():
     masks, kept, optimizer = trained(OLD, OPTIMIZERS["momentum"])
     weight = kept.parameter.detach().clone()
     weight[~NEW] = float("nan")
-    masks.commit([dataclasses.replace(view(kept), mask=NEW.clone(), weight=weight)], optimizer)
+    masks.commit([dataclasses.replace(view(kept), mask=NEW.clone(), weight=weight)], [optimizer])
     assert_zero_off_masks(masks, [optimizer])
     assert torch.isfinite(kept.parameter).all()
 
@@ -105,7 +105,7 @@ def test_committing_what_is_there_changes_no_bit():
     weight = kept.parameter.detach().clone()
     state = [t.clone() for t in optimizer_state(kept, optimizer)]
     for layer in (view(kept), dataclasses.replace(view(kept), mask=OLD.clone())):
-        masks.commit([layer], optimizer)
+        masks.commit([layer], [optimizer])
         assert torch.equal(kept.parameter.detach(), weight)
         assert torch.equal(kept.mask, OLD)
         assert all(
@@ -118,7 +118,7 @@ def test_identities_never_change():
     before = kept.mask, kept.mask.data_ptr(), kept.parameter, kept.parameter.data_ptr()
     pointers = [t.data_ptr() for t in optimizer_state(kept, optimizer)]
     for mask in (NEW, OLD, torch.ones_like(OLD), NEW):
-        masks.commit([dataclasses.replace(view(kept), mask=mask.clone())], optimizer)
+        masks.commit([dataclasses.replace(view(kept), mask=mask.clone())], [optimizer])
         assert torch.equal(kept.mask, mask)
     after = kept.mask, kept.mask.data_ptr(), kept.parameter, kept.parameter.data_ptr()
     assert all(a is b or a == b for a, b in zip(before[1::2], after[1::2], strict=True))
@@ -139,9 +139,9 @@ def test_counts_follow_the_mask():
     masks, kept, optimizer = trained(OLD, OPTIMIZERS["adam"])
     assert (kept.live, kept.density, kept.is_dense) == (5, 0.5, False)
     assert (masks.live, masks.numel, masks.density) == (5, 10, 0.5)
-    masks.commit([dataclasses.replace(view(kept), mask=torch.ones_like(OLD))], optimizer)
+    masks.commit([dataclasses.replace(view(kept), mask=torch.ones_like(OLD))], [optimizer])
     assert (kept.live, kept.density, kept.is_dense) == (10, 1.0, True)
-    masks.commit([dataclasses.replace(view(kept), mask=OLD & NEW)], optimizer)
+    masks.commit([dataclasses.replace(view(kept), mask=OLD & NEW)], [optimizer])
     assert (masks.live, masks.density) == (3, 0.3)
 
 
@@ -157,7 +157,7 @@ def test_commits_are_counted():
 def test_other_dtypes(dtype):
     masks, kept, optimizer = trained(OLD, OPTIMIZERS["adam"], dtype)
     weight = kept.parameter.detach().clone()
-    masks.commit([dataclasses.replace(view(kept), mask=NEW.clone())], optimizer)
+    masks.commit([dataclasses.replace(view(kept), mask=NEW.clone())], [optimizer])
     assert torch.equal(kept.parameter.detach(), weight * (OLD & NEW))
     assert_zero_off_masks(masks, [optimizer])
 
@@ -167,7 +167,7 @@ def test_state_of_another_dtype_than_the_weight():
     state = optimizer.state[kept.parameter]
     state["exp_avg"] = state["exp_avg"].float()
     before = state["exp_avg"].clone()
-    masks.commit([dataclasses.replace(view(kept), mask=NEW.clone())], optimizer)
+    masks.commit([dataclasses.replace(view(kept), mask=NEW.clone())], [optimizer])
     assert torch.equal(state["exp_avg"], before * (OLD & NEW))
 
 
@@ -184,7 +184,7 @@ def test_channels_last_weights():
     before = module.weight.detach().clone()
     momentum = optimizer.state[module.weight]["momentum_buffer"].clone()
     live = torch.tensor([True, False, True, True, False, True])
-    masks.commit([view(kept).with_units(live)], optimizer)
+    masks.commit([view(kept).with_units(live)], [optimizer])
     expected = live.view(6, 1, 1, 1).expand(6, 4, 3, 3)
     assert torch.equal(kept.mask, expected)
     assert torch.equal(module.weight.detach(), before * expected)

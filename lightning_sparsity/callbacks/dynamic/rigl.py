@@ -56,7 +56,7 @@ class RigL(MaskCallback):
         self,
         density: float | None = None,
         *,
-        distribution: Distribution | Mapping[str, float] | None = None,
+        distribution: Mapping[str, float] | Distribution | None = None,
         drop_fraction: float = 0.3,
         update_interval: int | Literal["epoch"] = 100,
         update_start: int | float = 0,
@@ -68,6 +68,7 @@ class RigL(MaskCallback):
         seed: int | None = None,
     ) -> None:
         self._check("drop_fraction", drop_fraction)
+        self._check_callable("weight_init", weight_init, "rescale_to_fan_in")
         start = drop(random)
         super().__init__(
             density=density,

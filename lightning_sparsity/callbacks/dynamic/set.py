@@ -11,11 +11,12 @@ from typing import Literal
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Budget, Distribution, Layer, Layers, Rule
+from lightning_sparsity.core.method import Share
 from lightning_sparsity.distributions import er
 from lightning_sparsity.ops.selection import top_k
 from lightning_sparsity.rules import chain, drop, grow
 from lightning_sparsity.scores import magnitude, random, without_gradient
-from lightning_sparsity.structures import Structure
+from lightning_sparsity.structures import Structure, Unstructured
 
 
 class SET(MaskCallback):
@@ -62,7 +63,7 @@ class SET(MaskCallback):
         self,
         density: float | None = None,
         *,
-        distribution: Distribution | Mapping[str, float] | None = None,
+        distribution: Mapping[str, float] | Distribution | None = None,
         drop_fraction: float = 0.3,
         sign_split: bool = False,
         new_weight_std: float = 0.0,
@@ -77,11 +78,10 @@ class SET(MaskCallback):
     ) -> None:
         self._check("drop_fraction", drop_fraction)
         self._check_std(new_weight_std)
+        self.sign_split = sign_split
         if sign_split and structure is not None:
-            raise ValueError(
-                f"SET(sign_split=True, structure={structure!r}): units have no sign; use one of "
-                "the two."
-            )
+            self._check_sign(structure)
+        self._check_callable("weight_init", weight_init, "rescale_to_fan_in")
         start = drop(random)
         lose: Rule = drop_by_sign(drop_fraction) if sign_split else drop(magnitude, drop_fraction)
         super().__init__(
@@ -98,6 +98,19 @@ class SET(MaskCallback):
             structure=structure,
             seed=seed,
         )
+
+    def begin(self, layers: Layers, share: Share) -> Layers:
+        """Make masks, or take over those that were found; see the base class."""
+        for layer in layers if self.sign_split else ():
+            self._check_sign(layer.structure)
+        return super().begin(layers, share)
+
+    @staticmethod
+    def _check_sign(structure: Structure) -> None:
+        if structure != Unstructured():
+            raise ValueError(
+                f"SET(sign_split=True) with {structure!r}: units have no sign; use one of the two."
+            )
 
     @staticmethod
     def _check_std(value: object) -> None:

@@ -55,7 +55,7 @@ class GMP(MaskCallback):
         self,
         density: float | None = None,
         *,
-        distribution: Distribution | Mapping[str, float] | None = None,
+        distribution: Mapping[str, float] | Distribution | None = None,
         initial_density: float = 1.0,
         ramp: Ramp = cubic,
         update_interval: int | Literal["epoch"] = 100,

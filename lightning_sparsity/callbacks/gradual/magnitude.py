@@ -49,7 +49,7 @@ class Magnitude(MaskCallback):
         density: float | None = None,
         *,
         at: int | float = 0,
-        distribution: Distribution | Mapping[str, float] | None = None,
+        distribution: Mapping[str, float] | Distribution | None = None,
         include: Selection = linear_and_conv,
         exclude: Selection = (),
         structure: Structure | None = None,

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
-from lightning_sparsity.core.layer import Distribution, Layers, Rule, Score
+from lightning_sparsity.core.layer import Distribution, Layer, Layers, Rule, Score
+from lightning_sparsity.core.method import Share
 from lightning_sparsity.distributions import erk, fixes_total
 from lightning_sparsity.rules import chain, drop
 from lightning_sparsity.scores import random
-from lightning_sparsity.structures import Structure
+from lightning_sparsity.structures import NM, Structure
 
 
 class StaticSparse(MaskCallback):
@@ -50,13 +50,15 @@ class StaticSparse(MaskCallback):
         density: float | None = None,
         *,
         score: Score = random,
-        distribution: Distribution | Mapping[str, float] | None = None,
+        distribution: Mapping[str, float] | Distribution | None = None,
         include: Selection = linear_and_conv,
         exclude: Selection = (),
         structure: Structure | None = None,
         weight_init: Rule | None = None,
         seed: int | None = None,
     ) -> None:
+        self._check_callable("weight_init", weight_init, "rescale_to_fan_in")
+        self._check_callable("score", score, "magnitude")
         super().__init__(
             density=density,
             distribution=distribution,
@@ -69,17 +71,28 @@ class StaticSparse(MaskCallback):
             role="initial",
         )
 
-    def begin(self, groups: Sequence[Layers], found: bool) -> list[Layers]:
-        """Make the masks; see the class. ``groups``, ``found`` as in the base class."""
-        if found or self.density is not None or fixes_total(self._distribution):
-            return super().begin(groups, found)
-        kept: list[Layers] = [
-            [dataclasses.replace(layer, mask=layer.weight != 0) for layer in layers]
-            for layers in groups
-        ]
-        if all(layer.live == layer.size for layers in kept for layer in layers):
+    def begin(self, layers: Layers, share: Share) -> Layers:
+        """Make the masks, or read them off the weights; see the base class."""
+        if share.found or self.density is not None or fixes_total(self._distribution):
+            return super().begin(layers, share)
+        kept = [layer.with_units(layer.reduce(layer.weight != 0) > 0) for layer in layers]
+        if all(layer.live == layer.size for layer in kept):
             raise ValueError(
                 "StaticSparse(density=None): no weight is zero, so there is no mask to keep; give "
                 "a density, such as StaticSparse(density=0.1)."
             )
+        for layer in kept:
+            self._check_zeros(layer)
         return kept
+
+    @staticmethod
+    def _check_zeros(layer: Layer) -> None:
+        pattern = layer.structure
+        if isinstance(pattern, NM) and (
+            (pattern.group(layer.mask, layer.layout).sum(1) != pattern.n).any()
+        ):
+            raise ValueError(
+                f"StaticSparse(density=None, structure={pattern!r}): the zeros of {layer.name} do "
+                f"not leave {pattern.n} live weights in every {pattern.m}; leave structure out, or "
+                "prune to the pattern with Magnitude."
+            )
