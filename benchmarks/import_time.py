@@ -30,7 +30,10 @@ def main() -> None:
     pairs = []
     for _ in range(args.runs):
         printed = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", PROBE], check=True, capture_output=True, text=True
+            [sys.executable, "-W", "ignore", "-c", PROBE],
+            check=True,
+            capture_output=True,
+            text=True,
         ).stdout
         pairs.append([float(word) for word in printed.split()])
     base, added = zip(*pairs, strict=True)

@@ -104,6 +104,8 @@ class MaskKeeper(Callback):
         assert self.masks is not None
         assert self._trainer is not None
         owners, runs = self._owners, self._runs
+        for owner in owners:
+            owner.forget()
         for handle in self._handles:
             handle.remove()
         optimizers = self._trainer.optimizers
@@ -210,18 +212,21 @@ class MaskKeeper(Callback):
         layers = {layer.name: layer for run in self._runs for layer in self._layers(run)}
         made: dict[str, tuple[str, float]] = {}  # who acted last, and the density it leaves
         taken: set[str] = set()
+        shares: list[tuple[Run, Share]] = []
         for a in self._assignments:
             names = set(a.names)
             check_order(a, made)
             if a.method.role == "initial" or not names & taken:
-                for run in self._runs:
-                    if run.key == a.key:
-                        run.share = self._begin(run, layers, found=bool(names & made.keys()))
+                found = bool(names & made.keys())
+                mine = [run for run in self._runs if run.key == a.key]
+                shares += [(run, self._begin(run, layers, found)) for run in mine]
             taken |= names if a.method.role == "updater" else set()
             units = [layers[name] for name in a.names]
             real = sum(layer.live for layer in units) / sum(layer.size for layer in units)
             made |= dict.fromkeys(a.names, (a.key, a.method.density or real))
         self.masks.commit(list(layers.values()), self._optimizers)
+        for run, share in shares:
+            run.share = share
 
     def _begin(self, run: Run, layers: dict[str, Layer], found: bool) -> Share:
         """Let a method take over; ``layers`` are replaced by what it makes of them."""

@@ -566,6 +566,22 @@ def test_layers_are_recorded_once_however_they_are_called(forward: Any) -> None:
 # Trainers -------------------------------------------------------------------------
 
 
+def test_a_start_that_failed_is_forgotten() -> None:
+    second = RigL(None, include="net.5", update_interval=2)
+    probe = Probe()
+    trainer = _trainer([StaticSparse(0.3, include="net.7"), second, probe], max_epochs=1)
+    module = TinyModel()
+    with pytest.raises(ValueError, match="a density is needed"):
+        trainer.fit(module, Batches())
+    assert all(module.net[i].weight.all() for i in (0, 5, 7))  # type: ignore[index, union-attr]
+    second.density = 0.5
+    trainer.fit(module, Batches())
+    assert {name: int(mask.sum()) for name, mask in probe.masks.items()} == {
+        "net.5.weight": 1024,
+        "net.7.weight": 19,
+    }
+
+
 def test_another_model_in_the_same_trainer_begins_anew() -> None:
     probe = Probe()
     trainer = _trainer([RigL(0.3, update_interval=2), probe], max_epochs=1)
