@@ -45,7 +45,7 @@ class Watch:
         self.batches = 0
         self._keeper = keeper
         self._model = model
-        self._updates = [run.updates for run in keeper.runs]
+        self._updates = _updates(keeper)
         self._counter: FlopCounter | None = None
         self._forward_ended = False
 
@@ -102,12 +102,9 @@ class Watch:
 
     def _updated(self) -> list[Run]:
         """Runs that made an update since the last call."""
-        before, self._updates = self._updates, [run.updates for run in self._keeper.runs]
-        return [
-            run
-            for run, then, now in zip(self._keeper.runs, before, self._updates, strict=True)
-            if now != then
-        ]
+        before, self._updates = self._updates, _updates(self._keeper)
+        # Runs are grouped anew when a parameter joins an optimizer.
+        return [run for run in self._keeper.runs if run.updates > before.get(_identity(run), 0)]
 
     # ------------------------------------------------------------------------- output
 
@@ -161,6 +158,14 @@ class Watch:
         if state and self.tracker.load_state_dict(state["masks"]):
             self.history.load_state_dict(state["history"])
             self.cost.load_state_dict(state["cost"])
+
+
+def _identity(run: Run) -> tuple[str, int]:
+    return run.key, id(run.owner.optimizer)
+
+
+def _updates(keeper: MaskKeeper) -> dict[tuple[str, int], int]:
+    return {_identity(run): run.updates for run in keeper.runs}
 
 
 def _observes(run: Run) -> bool:

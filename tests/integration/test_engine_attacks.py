@@ -21,6 +21,7 @@ from lightning_sparsity import (
     GMP,
     NM,
     SET,
+    DensityMonitor,
     Magnitude,
     MaskCallback,
     RigL,
@@ -282,7 +283,7 @@ class Unfreeze(BaseFinetuning):
 
 def test_a_layer_that_joins_the_optimizer_later_stays_on_its_mask() -> None:
     method = RigL(0.3, include=["net.5", "net.7"], update_interval=4)
-    result = fit([method, Unfreeze()], Unfrozen)
+    result = fit([method, Unfreeze(), DensityMonitor()], Unfrozen)
     assert {sum(live.values()) for _, live in result.history} == {round(0.3 * 2112)}
     assert result.weights["net.5.weight"].count_nonzero() > 0
 
