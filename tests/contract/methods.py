@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
+from lightning.pytorch.callbacks import Callback
+
 import lightning_sparsity
 from lightning_sparsity import GMP, SET, Magnitude, MaskCallback, RigL, StaticSparse
 
@@ -20,6 +22,12 @@ METHODS: dict[str, Make] = {
 }
 UPDATERS = [name for name in METHODS if name != "StaticSparse"]
 FULL_MATRIX = ["RigL", "SET", "GMP"]
+
+
+def public_callbacks() -> set[str]:
+    """Names of all public callbacks."""
+    members = {name: getattr(lightning_sparsity, name) for name in lightning_sparsity.__all__}
+    return {n for n, m in members.items() if inspect.isclass(m) and issubclass(m, Callback)}
 
 
 def public_methods() -> set[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from methods import FULL_MATRIX, METHODS, UPDATERS, public_methods
+from methods import FULL_MATRIX, METHODS, UPDATERS, public_callbacks, public_methods
 
 from lightning_sparsity import NM, Block, Columns, Rows
 from lightning_sparsity.core.keeper import MaskKeeper
@@ -25,6 +25,8 @@ STRUCTURES = {
 
 def test_the_table_is_complete() -> None:
     assert set(METHODS) == public_methods()
+    # The monitor has contracts of its own, in tests/integration/test_monitor_fit.py.
+    assert public_callbacks() == public_methods() | {"MaskCallback", "DensityMonitor"}
     assert set(FULL_MATRIX) <= set(UPDATERS) < set(METHODS)
 
 
