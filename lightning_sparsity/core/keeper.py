@@ -1,8 +1,7 @@
-"""MaskKeeper: the one owner of masks in training. Enforces, updates, saves and restores."""
+"""MaskKeeper: the engine at work inside a Trainer."""
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,16 +13,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_sparsity.core import state
-from lightning_sparsity.core.capture import Capture
-from lightning_sparsity.core.layer import Layer, Layers
+from lightning_sparsity.core.engine import Engine
 from lightning_sparsity.core.masks import Masks
-from lightning_sparsity.core.method import Share
-from lightning_sparsity.core.plan import Assignment, assign, check_order, check_windows
-from lightning_sparsity.core.randomness import default_seed, generator, set_rng_state
-from lightning_sparsity.core.run import Owner, Run, by_optimizer, carry_over, census
-from lightning_sparsity.ops.selection import NonFiniteScoreError
-from lightning_sparsity.scores import needs_gradient
+from lightning_sparsity.core.plan import assign
+from lightning_sparsity.core.randomness import default_seed, set_rng_state
+from lightning_sparsity.core.run import Run
 
 _REFUSED_STRATEGIES = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 
@@ -31,31 +25,16 @@ _REFUSED_STRATEGIES = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrate
 class MaskKeeper(Callback):
     """Added to the Trainer by the first sparsity callback; one per Trainer, the last of ours.
 
-    It masks gradients before the optimizer steps, runs the due rules right after a real
-    step, commits what they return, and saves all state under plain parameter names.
-
-    When masks are ready, before the first step, it calls
-    ``on_masks_ready(trainer, pl_module, keeper)`` on every callback that has it.
-
-    Attributes:
-        masks: Masks of the model being fitted; None outside ``fit``.
+    It alone masks gradients, registers hooks on optimizers, saves and restores: all state
+    is in the checkpoint under plain parameter names. When masks are ready, before the first
+    step, it calls ``on_masks_ready(trainer, pl_module, keeper)`` on every callback that has it.
     """
 
     def __init__(self) -> None:
-        self.masks: Masks | None = None
-        self._assignments: list[Assignment] = []
-        self._owners: list[Owner] = []
-        self._runs: list[Run] = []
-        self._handles: list[Any] = []
+        self._engine: Engine | None = None
         self._restored: dict[str, Any] = {}
-        self._model: Callable[[], pl.LightningModule | None] = _nobody
-        self._trainer: pl.Trainer | None = None
-        self._census: list[tuple[int, int]] = []
         self._rng_is_due = False
-        self._seed = 0
-        self._total = float("inf")
-        self._in_batch = False
-        self._gradients_stay_masked = False
+        self._model: Callable[[], pl.LightningModule | None] = _nobody
         self._warned: set[str] = set()
 
     @classmethod
@@ -75,9 +54,14 @@ class MaskKeeper(Callback):
         return keeper
 
     @property
+    def masks(self) -> Masks | None:
+        """Masks of the model being fitted; None outside ``fit``."""
+        return None if self._engine is None else self._engine.masks
+
+    @property
     def runs(self) -> tuple[Run, ...]:
         """Every method at work, once per optimizer; read only."""
-        return tuple(self._runs)
+        return () if self._engine is None else tuple(self._engine.runs)
 
     # ------------------------------------------------------------------ start and end
 
@@ -87,65 +71,36 @@ class MaskKeeper(Callback):
         if self._model() is not pl_module:
             self._restored = {}
         self._model = weakref.ref(pl_module)
-        self._trainer = trainer
         _refuse(trainer)
-        self._assignments, parameters = assign(pl_module, _callbacks(trainer))
-        self._gradients_stay_masked = _only_we_touch_gradients(pl_module)
-        self.masks = Masks(parameters)
-        self._group()
+        assignments, parameters = assign(pl_module, _callbacks(trainer))
+        self._engine = Engine(
+            assignments,
+            parameters,
+            optimizers=lambda: trainer.optimizers,
+            hook=self._after_step,
+            trusted=_only_we_touch_gradients(pl_module),
+            warn=self._warn_once,
+        )
         if self._restored:
-            self._compare(self._restored)
+            self._engine.compare(self._restored)
             if self._rng_is_due:
                 set_rng_state(self._restored["rng"])
         self._rng_is_due = False
 
-    def _group(self) -> None:
-        """Group the parameters by optimizer, and let methods go on where they were."""
-        assert self.masks is not None
-        assert self._trainer is not None
-        owners, runs = self._owners, self._runs
-        for owner in owners:
-            owner.forget()
-        for handle in self._handles:
-            handle.remove()
-        optimizers = self._trainer.optimizers
-        self._census = census(optimizers)
-        self._owners = by_optimizer(list(self.masks), optimizers)
-        for place, owner in enumerate(self._owners):
-            twins = [o for o in owners if o.optimizer is owner.optimizer] or owners[place:]
-            owner.steps = twins[0].steps if twins else 0
-        self._runs = [
-            Run(a.key, a.method, owner, size)
-            for a in self._assignments
-            for owner in self._owners
-            if (size := {p.name: p.size for p in owner.parameters if p.name in a.names})
-        ]
-        if runs:
-            carry_over(runs, self._runs)
-        self._handles = [
-            owner.optimizer.register_step_post_hook(self._after_step)
-            for owner in self._owners
-            if owner.optimizer is not None
-        ]
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the masks, or make them, and set the weights to zero off them."""
-        assert self.masks is not None
-        self._open_windows(trainer)
+        engine = self._running
+        dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        engine.open_windows(trainer.estimated_stepping_batches, check=not dev_run)
         if self._restored:
-            self._compare(self._restored)
-            self._seed = self._restored["seed"]
-            state.restore(self._restored, self.masks, self._owners, self._runs)
+            engine.restore(self._restored)
             self._restored = {}
-        else:
-            for owner in self._owners:  # more than 0 where a dense training goes on
-                owner.steps = trainer.global_step // max(len(trainer.optimizers), 1)
-            self._seed = int(trainer.strategy.broadcast(default_seed()))
-            self._begin_all()
-        for owner in self._owners:
-            self.masks.enforce(owner.stepping, owner.optimizer)
-        if not _is_dev_run(trainer):
-            self._warn_of_idle_methods()
+        else:  # steps lie behind where a dense training goes on
+            steps = trainer.global_step // max(len(trainer.optimizers), 1)
+            engine.begin(int(trainer.strategy.broadcast(default_seed())), steps)
+        engine.enforce()
+        if not dev_run:
+            engine.warn_of_idle_methods()
         for callback in _callbacks(trainer):
             if callable(announce := getattr(callback, "on_masks_ready", None)):
                 announce(trainer, pl_module, self)
@@ -161,243 +116,40 @@ class MaskKeeper(Callback):
         self._release()
 
     def _release(self) -> None:
-        if self.masks is not None:
-            self._restored = self.state_dict()
-        for handle in self._handles:
-            handle.remove()
-        for owner in self._owners:
-            owner.forget()
-        self._handles, self._owners, self._runs, self._assignments = [], [], [], []
-        self._trainer = self.masks = None
-        self._in_batch = False
+        self._restored = self.state_dict()
+        if self._engine is not None:
+            self._engine.release()
+        self._engine = None
         self._warned = set()
 
-    def _open_windows(self, trainer: pl.Trainer) -> None:
-        total = trainer.estimated_stepping_batches
-        self._total = float(total) if total > 0 else float("inf")
-        windows = []
-        for a in self._assignments:
-            if a.method.rule is None:
-                continue
-            try:
-                steps = a.method.window.resolve(self._total, arrives=a.method.ramps)
-            except ValueError as error:
-                raise MisconfigurationException(f"{a.key}: {error}") from None
-            if steps.start > steps.end and not _is_dev_run(trainer):
-                raise MisconfigurationException(
-                    f"{a.key}: update_end={a.method.window.end!r} is step {steps.end} of "
-                    f"{self._total:g} and comes before update_start={a.method.window.start!r}, "
-                    f"step {steps.start}. Give both as steps or both as fractions."
-                )
-            windows.append((a.key, steps, frozenset(a.names)))
-            for run in self._runs:
-                run.steps = steps if run.key == a.key else run.steps
-        check_windows(windows)
-
-    def _warn_of_idle_methods(self) -> None:
-        for run in self._runs:
-            if run.steps is not None and not run.steps.opens(self._total):
-                self._warn_once(
-                    f"{run.key} makes no update: training has {self._total:g} optimizer steps, and "
-                    f"its window is steps {run.steps.start} to {run.steps.end}, every "
-                    f"{run.steps.every}. Lower update_start or update_interval."
-                )
-
-    def _begin_all(self) -> None:
-        """Begin every initial method, then the first updater on each parameter.
-
-        Nothing is written before all of them have succeeded.
-        """
-        assert self.masks is not None
-        layers = {layer.name: layer for run in self._runs for layer in self._layers(run)}
-        made: dict[str, tuple[str, float]] = {}  # who acted last, and the density it leaves
-        taken: set[str] = set()
-        shares: list[tuple[Run, Share]] = []
-        for a in self._assignments:
-            names = set(a.names)
-            check_order(a, made)
-            if a.method.role == "initial" or not names & taken:
-                found = bool(names & made.keys())
-                mine = [run for run in self._runs if run.key == a.key]
-                shares += [(run, self._begin(run, layers, found)) for run in mine]
-            taken |= names if a.method.role == "updater" else set()
-            units = [layers[name] for name in a.names]
-            real = sum(layer.live for layer in units) / sum(layer.size for layer in units)
-            made |= dict.fromkeys(a.names, (a.key, a.method.density or real))
-        self.masks.commit(list(layers.values()), self._optimizers)
-        for run, share in shares:
-            run.share = share
-
-    def _begin(self, run: Run, layers: dict[str, Layer], found: bool) -> Share:
-        """Let a method take over; ``layers`` are replaced by what it makes of them."""
-        mates = [r for r in self._runs if r.key == run.key]
-        share = Share(
-            names=next(a.names for a in self._assignments if a.key == run.key),
-            sizes=tuple(sum(mate.size.values()) for mate in mates),
-            index=mates.index(run),
-            found=found,
-        )
-        mine = [
-            dataclasses.replace(layers[fresh.name], generator=fresh.generator)
-            for fresh in self._layers(run)
-        ]
-        begun = run.method.begin(mine, share)
-        layers |= {layer.name: layer for layer in begun}
-        return dataclasses.replace(share, start={layer.name: layer.live for layer in begun})
-
-    def _layers(self, run: Run) -> Layers:
-        assert self.masks is not None
-        seed = self._seed if run.method.seed is None else run.method.seed
-        return [
-            self.masks[name].layer(
-                grad=run.owner.kept.get(name),
-                generator=generator(seed, run.key, name, run.updates),
-                statistics=run.owner.capture.of(name) if run.owner.capture else None,
-            )
-            for name in run.names
-        ]
+    @property
+    def _running(self) -> Engine:
+        assert self._engine is not None, "only inside fit"
+        return self._engine
 
     # ---------------------------------------------------------------------- each step
 
-    def on_train_batch_start(self, *args: Any) -> None:
-        """Optimizer steps count as training from here; record activations if asked to."""
-        assert self.masks is not None
-        self._in_batch = True
-        self._follow_optimizers()
-        for owner in self._owners:
-            if owner.touched():
-                self.masks.enforce(owner.stepping)
-                owner.remember()
-        ending = self._ending_epoch()
-        for run in self._runs:
-            if run.method.statistics and run.due(ending, self._total, ahead=1):
-                self._capture(run.owner)
-
-    def _capture(self, owner: Owner) -> None:
-        if owner.capture is None:
-            wanted = {s for run in self._runs if run.owner is owner for s in run.method.statistics}
-            owner.capture = Capture(owner.parameters, wanted)
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        """Count the steps that were skipped; those outside a batch are not training."""
-        for owner in self._owners:
-            if owner.masked:
-                self._skip(owner)
-        self._in_batch = False
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Optimizer steps count as training from here."""
+        self._running.start_batch(trainer.current_epoch, trainer.is_last_batch)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Read what the methods need from the dense gradients, then mask them."""
-        assert self.masks is not None
-        self._follow_optimizers()
-        owner = self._owner(optimizer)
-        if owner is not None:
-            if owner.touched():
-                self.masks.enforce(owner.stepping)
-            self._keep_gradients(owner, copy=True)
-            self.masks.enforce_gradients(owner.stepping)
-            owner.masked = True
-
-    def _follow_optimizers(self) -> None:
-        """See new optimizers, and parameters that joined one in training."""
-        assert self._trainer is not None
-        if census(self._trainer.optimizers) != self._census:
-            self._group()
-
-    def _keep_gradients(self, owner: Owner, copy: bool) -> None:
-        """Show dense gradients to the methods that observe, keep them for due updates."""
-        assert self.masks is not None
-        ending = self._ending_epoch()
-        dense = {
-            p.name: p.parameter.grad.detach()
-            for p in owner.parameters
-            if p.parameter.grad is not None
-        }
-        runs = [run for run in self._runs if run.owner is owner]
-        for run in runs:
-            if run.method.observe is not None and run.share is not None:
-                owner.kept = dense
-                for layer in self._layers(run):
-                    if layer.grad is not None:
-                        self.masks[layer.name].slots.update(run.method.observe(layer))
-        wanted = {
-            name
-            for run in runs
-            if run.due(ending, self._total, ahead=1) and needs_gradient(run.method.rule)
-            for name in run.names
-        }
-        owner.kept = {
-            name: grad.clone() if copy else grad for name, grad in dense.items() if name in wanted
-        }
+        self._running.before_step(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Step post-hook: mask what the step wrote, then run the updates that are due."""
-        owner = self._owner(optimizer)
-        if owner is None or not self._in_batch or not owner.stepped():
-            return
-        assert self.masks is not None
-        if not owner.masked:  # a raw optimizer: its gradients are still dense
-            self._keep_gradients(owner, copy=False)
-        if not (owner.masked and self._gradients_stay_masked and owner.keeps_zeros()):
-            self.masks.enforce(owner.stepping, optimizer)
-        owner.steps += 1
-        ending = self._ending_epoch()
-        for run in self._runs:
-            if run.owner is owner and run.due(ending, self._total):
-                self._update(run)
-        owner.forget()
-        owner.remember()
+        self._running.after_step(optimizer)
 
-    def _skip(self, owner: Owner) -> None:
-        """A step that a GradScaler or an empty loss took away: time passes, updates wait."""
-        ending = self._ending_epoch()
-        for run in self._runs:
-            if run.owner is owner:
-                run.pending |= run.due(ending, self._total, ahead=1)
-        owner.steps += 1
-        owner.forget()
-
-    def _update(self, run: Run) -> None:
-        assert self.masks is not None
-        run.updates += 1
-        layers = {layer.name: layer for layer in self._layers(run)}
-        try:
-            share = run.share or self._begin(run, layers, found=True)
-            ready = self._with_gradient(run, list(layers.values()))
-            if ready:
-                changed = run.method.update(ready, share, run.progress)
-                layers |= {layer.name: layer for layer in changed}
-        except NonFiniteScoreError as error:
-            run.updates -= 1
-            run.pending = True
-            self._warn_once(
-                f"{run.key}: {error} The update waits for the next step with finite scores.",
-                about=f"{run.key} waits",
-            )
-            return
-        self.masks.commit(list(layers.values()), self._optimizers)
-        run.share = share
-        run.pending = False
-        run.last_epoch = self._epoch()
-
-    def _with_gradient(self, run: Run, layers: Layers) -> Layers:
-        if not needs_gradient(run.method.rule):
-            return layers
-        for layer in layers:
-            if layer.grad is None:
-                self._warn_once(
-                    f"{run.key}: {layer.name} got no gradient in an update step and is left as "
-                    "it is."
-                )
-        return [layer for layer in layers if layer.grad is not None]
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Optimizer steps outside a batch are not training."""
+        self._running.end_batch()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """An epoch whose last batch made no real step owes its update to the next step."""
-        for run in self._runs:
-            if run.steps is not None and run.steps.every == "epoch":
-                inside = max(run.steps.start, 1) <= run.owner.steps < run.steps.end
-                run.pending |= inside and run.last_epoch != trainer.current_epoch
+        """Updates that the epoch owes wait for the next step."""
+        self._running.end_epoch(trainer.current_epoch)
 
     # --------------------------------------------- copies of the weights made by others
 
@@ -408,15 +160,8 @@ class MaskKeeper(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Mask weights that an averaging callback put in place; say what did not finish."""
         self._enforce_weights()
-        for run in self._runs:
-            if run.unfinished and run.steps and not _is_dev_run(trainer):
-                layers = self._layers(run)
-                density = sum(layer.live for layer in layers) / sum(layer.size for layer in layers)
-                self._warn_once(
-                    f"{run.key}: training ended at step {run.owner.steps}, before update_end "
-                    f"(step {run.steps.end}); the density is {density:.4g}, not "
-                    f"{run.method.density or 'the final one'}."
-                )
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._running.warn_of_unfinished_ramps()
 
     def _enforce_weights(self) -> None:
         if self.masks is not None:
@@ -443,25 +188,14 @@ class MaskKeeper(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs; empty before masks exist."""
-        if self.masks is None or not any(run.share for run in self._runs):
+        if self._engine is None or not self._engine.has_begun:
             return self._restored
-        return state.save(self.masks, self._assignments, self._owners, self._runs, self._seed)
+        return self._engine.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Only store: the state is compared and applied when training starts."""
         self._restored = dict(state_dict)
         self._rng_is_due = True
-
-    def _compare(self, saved: dict[str, Any]) -> None:
-        assert self.masks is not None
-        if found := state.differences(
-            saved, self.masks, self._assignments, self._owners, self._runs
-        ):
-            raise MisconfigurationException(
-                "The checkpoint was made by another sparse training, and nothing was restored:\n  "
-                + "\n  ".join(found)
-                + "\nUse the callbacks and the model it was made with, or load only its weights."
-            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles its state, without the Trainer and the model."""
@@ -469,26 +203,9 @@ class MaskKeeper(Callback):
 
     # ------------------------------------------------------------------------ helpers
 
-    def _epoch(self) -> int:
-        assert self._trainer is not None
-        return self._trainer.current_epoch
-
-    def _ending_epoch(self) -> int | None:
-        """The epoch of which this is the last batch, or None."""
-        assert self._trainer is not None
-        return self._trainer.current_epoch if self._trainer.is_last_batch else None
-
-    def _owner(self, optimizer: Optimizer) -> Owner | None:
-        return next((o for o in self._owners if o.optimizer is optimizer), None)
-
-    @property
-    def _optimizers(self) -> list[Optimizer]:
-        assert self._trainer is not None
-        return self._trainer.optimizers
-
-    def _warn_once(self, message: str, about: str | None = None) -> None:
-        if (about or message) not in self._warned:
-            self._warned.add(about or message)
+    def _warn_once(self, about: str, message: str) -> None:
+        if about not in self._warned:
+            self._warned.add(about)
             rank_zero_warn(message)
 
 
@@ -498,10 +215,6 @@ def _nobody() -> None:
 
 def _callbacks(trainer: pl.Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
-
-
-def _is_dev_run(trainer: pl.Trainer) -> bool:
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
 def _refuse(trainer: pl.Trainer) -> None:

@@ -1,0 +1,401 @@
+"""Engine: sparse training step by step, without Lightning.
+
+It groups the sparse parameters by optimizer, begins the methods, masks gradients before a
+step, runs the due rules after it, and commits what they return.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
+
+from lightning_sparsity.core import state
+from lightning_sparsity.core.capture import Capture
+from lightning_sparsity.core.layer import Layer, Layers
+from lightning_sparsity.core.masks import Masks
+from lightning_sparsity.core.method import Share
+from lightning_sparsity.core.parameter import SparseParameter
+from lightning_sparsity.core.plan import Assignment, check_order, check_windows
+from lightning_sparsity.core.randomness import generator
+from lightning_sparsity.core.run import Owner, Run, by_optimizer, carry_over, census
+from lightning_sparsity.ops.selection import NonFiniteScoreError
+from lightning_sparsity.scores import needs_gradient
+
+
+class Engine:
+    """The sparse training of one model.
+
+    Args:
+        assignments: The methods and their parameters, initial ones first.
+        parameters: Every sparse parameter once.
+        optimizers: The optimizers; a list that may change during training.
+        hook: Registered on every optimizer, to be called after its steps.
+        trusted: Whether masked gradients stay masked until the optimizer reads them.
+        warn: Says something to the user, once.
+
+    Attributes:
+        masks: The masks.
+        owners: The parameters, by optimizer.
+        runs: Every method at work, once per optimizer.
+        seed: Of random choices.
+        total: Optimizer steps in the whole training; infinite if unknown.
+    """
+
+    def __init__(
+        self,
+        assignments: Sequence[Assignment],
+        parameters: Sequence[SparseParameter],
+        optimizers: Callable[[], Sequence[Optimizer]],
+        hook: Callable[..., None],
+        trusted: bool,
+        warn: Callable[[str, str], None],
+    ) -> None:
+        self.masks = Masks(parameters)
+        self.owners: list[Owner] = []
+        self.runs: list[Run] = []
+        self.seed = 0
+        self.total = float("inf")
+        self._assignments = assignments
+        self._optimizers = optimizers
+        self._hook = hook
+        self._handles: list[Any] = []
+        self._census: list[tuple[int, int]] = []
+        self._trusted = trusted
+        self._warn = warn
+        self._epoch = 0
+        self._ending: int | None = None
+        self._in_batch = False
+        self.follow_optimizers()
+
+    # ------------------------------------------------------------------------ grouping
+
+    def follow_optimizers(self) -> None:
+        """Group the parameters by optimizer, anew when one joins or optimizers change."""
+        now = census(self._optimizers())
+        if now == self._census:
+            return
+        owners, runs = self.owners, self.runs
+        self.release()
+        self._census = now
+        self.owners = by_optimizer(list(self.masks), self._optimizers())
+        for place, owner in enumerate(self.owners):
+            twins = [o for o in owners if o.optimizer is owner.optimizer] or owners[place:]
+            owner.steps = twins[0].steps if twins else 0
+        self.runs = [
+            Run(a.key, a.method, owner, size)
+            for a in self._assignments
+            for owner in self.owners
+            if (size := {p.name: p.size for p in owner.parameters if p.name in a.names})
+        ]
+        if runs:
+            carry_over(runs, self.runs)
+        self._handles = [
+            owner.optimizer.register_step_post_hook(self._hook)
+            for owner in self.owners
+            if owner.optimizer is not None
+        ]
+
+    def release(self) -> None:
+        """Take every hook off the optimizers and layers."""
+        for handle in self._handles:
+            handle.remove()
+        for owner in self.owners:
+            owner.forget()
+        self._handles = []
+
+    def _owner(self, optimizer: Optimizer) -> Owner | None:
+        return next((o for o in self.owners if o.optimizer is optimizer), None)
+
+    # ----------------------------------------------------------------------- beginning
+
+    def open_windows(self, total: float, check: bool = True) -> None:
+        """Turn the windows of all methods into steps.
+
+        Args:
+            total: Optimizer steps in the whole training; not above 0 if unknown.
+            check: Whether a window that ends before it starts is an error.
+
+        Raises:
+            MisconfigurationException: If a window needs a ``total`` that is unknown, ends
+                before it starts, or overlaps with another on the same parameter.
+        """
+        self.total = float(total) if total > 0 else float("inf")
+        windows = []
+        for a in self._assignments:
+            if a.method.rule is None:
+                continue
+            asked = a.method.window
+            try:
+                steps = asked.resolve(self.total, arrives=a.method.ramps)
+            except ValueError as error:
+                raise MisconfigurationException(f"{a.key}: {error}") from None
+            if check and steps.start > steps.end:
+                raise MisconfigurationException(
+                    f"{a.key}: update_end={asked.end!r} is step {steps.end} of {self.total:g} and "
+                    f"comes before update_start={asked.start!r}, step {steps.start}. Give both as "
+                    "steps or both as fractions."
+                )
+            windows.append((a.key, steps, frozenset(a.names)))
+            for run in self.runs:
+                run.steps = steps if run.key == a.key else run.steps
+        check_windows(windows)
+
+    def begin(self, seed: int, steps: int) -> None:
+        """Begin every initial method, then the first updater on each parameter.
+
+        Nothing is written before all of them have succeeded.
+
+        Args:
+            seed: Of random choices.
+            steps: Optimizer steps that the training has behind it.
+        """
+        self.seed = seed
+        for owner in self.owners:
+            owner.steps = steps
+        layers = {layer.name: layer for run in self.runs for layer in self._layers(run)}
+        made: dict[str, tuple[str, float]] = {}  # who acted last, and the density it leaves
+        taken: set[str] = set()
+        shares: list[tuple[Run, Share]] = []
+        for a in self._assignments:
+            names = set(a.names)
+            check_order(a, made)
+            if a.method.role == "initial" or not names & taken:
+                found = bool(names & made.keys())
+                mine = [run for run in self.runs if run.key == a.key]
+                shares += [(run, self._begin(run, layers, found)) for run in mine]
+            taken |= names if a.method.role == "updater" else set()
+            units = [layers[name] for name in a.names]
+            real = sum(layer.live for layer in units) / sum(layer.size for layer in units)
+            made |= dict.fromkeys(a.names, (a.key, a.method.density or real))
+        self.masks.commit(list(layers.values()), self._optimizers())
+        for run, share in shares:
+            run.share = share
+
+    def _begin(self, run: Run, layers: dict[str, Layer], found: bool) -> Share:
+        """Let a method take over; ``layers`` are replaced by what it makes of them."""
+        mates = [r for r in self.runs if r.key == run.key]
+        share = Share(
+            names=next(a.names for a in self._assignments if a.key == run.key),
+            sizes=tuple(sum(mate.size.values()) for mate in mates),
+            index=mates.index(run),
+            found=found,
+        )
+        mine = [
+            dataclasses.replace(layers[fresh.name], generator=fresh.generator)
+            for fresh in self._layers(run)
+        ]
+        begun = run.method.begin(mine, share)
+        layers |= {layer.name: layer for layer in begun}
+        return dataclasses.replace(share, start={layer.name: layer.live for layer in begun})
+
+    def _layers(self, run: Run) -> Layers:
+        seed = self.seed if run.method.seed is None else run.method.seed
+        return [
+            self.masks[name].layer(
+                grad=run.owner.kept.get(name),
+                generator=generator(seed, run.key, name, run.updates),
+                statistics=run.owner.capture.of(name) if run.owner.capture else None,
+            )
+            for name in run.names
+        ]
+
+    def enforce(self) -> None:
+        """Set weights and optimizer state to zero off the masks."""
+        for owner in self.owners:
+            self.masks.enforce(owner.stepping, owner.optimizer)
+
+    # ---------------------------------------------------------------------- each batch
+
+    def start_batch(self, epoch: int, is_last: bool) -> None:
+        """Optimizer steps count as training from here.
+
+        Args:
+            epoch: The current epoch.
+            is_last: Whether this is its last batch.
+        """
+        self._in_batch, self._epoch = True, epoch
+        self._ending = epoch if is_last else None
+        self.follow_optimizers()
+        for owner in self.owners:
+            self._undo_foreign_writes(owner)
+        for run in self.runs:
+            if run.method.statistics and self._is_due(run, ahead=1) and not run.owner.capture:
+                mates = [r for r in self.runs if r.owner is run.owner]
+                wanted = {statistic for mate in mates for statistic in mate.method.statistics}
+                run.owner.capture = Capture(run.owner.parameters, wanted)
+
+    def end_batch(self) -> None:
+        """Count the steps that were skipped; those outside a batch are not training."""
+        for owner in self.owners:
+            if owner.masked:
+                self._skip(owner)
+        self._in_batch = False
+
+    def end_epoch(self, epoch: int) -> None:
+        """An epoch whose last batch made no real step owes its update to the next step."""
+        for run in self.runs:
+            if run.steps is not None and run.steps.every == "epoch":
+                inside = max(run.steps.start, 1) <= run.owner.steps < run.steps.end
+                run.pending |= inside and run.last_epoch != epoch
+
+    def _is_due(self, run: Run, ahead: int = 0) -> bool:
+        return run.due(self._ending, self.total, ahead)
+
+    def _undo_foreign_writes(self, owner: Owner) -> None:
+        if owner.touched():
+            self.masks.enforce(owner.stepping)
+            owner.remember()
+
+    # ----------------------------------------------------------------------- each step
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Read what the methods need from the dense gradients, then mask them."""
+        self.follow_optimizers()
+        owner = self._owner(optimizer)
+        if owner is not None:
+            self._undo_foreign_writes(owner)
+            self._keep_gradients(owner, copy=True)
+            self.masks.enforce_gradients(owner.stepping)
+            owner.masked = True
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Mask what the step wrote, then run the updates that are due."""
+        owner = self._owner(optimizer)
+        if owner is None or not self._in_batch or not owner.stepped():
+            return
+        if not owner.masked:  # a raw optimizer: its gradients are still dense
+            self._keep_gradients(owner, copy=False)
+        if not (owner.masked and self._trusted and owner.keeps_zeros()):
+            self.masks.enforce(owner.stepping, optimizer)
+        owner.steps += 1
+        for run in self.runs:
+            if run.owner is owner and self._is_due(run):
+                self._update(run)
+        owner.forget()
+        owner.remember()
+
+    def _keep_gradients(self, owner: Owner, copy: bool) -> None:
+        """Show dense gradients to the methods that observe, keep them for due updates."""
+        dense = {
+            p.name: p.parameter.grad.detach()
+            for p in owner.parameters
+            if p.parameter.grad is not None
+        }
+        runs = [run for run in self.runs if run.owner is owner]
+        for run in runs:
+            if run.method.observe is not None and run.share is not None:
+                owner.kept = dense
+                for layer in self._layers(run):
+                    if layer.grad is not None:
+                        self.masks[layer.name].slots.update(run.method.observe(layer))
+        wanted = {
+            name
+            for run in runs
+            if needs_gradient(run.method.rule) and self._is_due(run, ahead=1)
+            for name in run.names
+        }
+        owner.kept = {
+            name: grad.clone() if copy else grad for name, grad in dense.items() if name in wanted
+        }
+
+    def _skip(self, owner: Owner) -> None:
+        """A step that a GradScaler or an empty loss took away: time passes, updates wait."""
+        for run in self.runs:
+            if run.owner is owner:
+                run.pending |= self._is_due(run, ahead=1)
+        owner.steps += 1
+        owner.forget()
+
+    def _update(self, run: Run) -> None:
+        run.updates += 1
+        layers = {layer.name: layer for layer in self._layers(run)}
+        try:
+            share = run.share or self._begin(run, layers, found=True)
+            ready = self._with_gradient(run, list(layers.values()))
+            if ready:
+                changed = run.method.update(ready, share, run.progress)
+                layers |= {layer.name: layer for layer in changed}
+        except NonFiniteScoreError as error:
+            run.updates -= 1
+            run.pending = True
+            self._warn(
+                f"{run.key} waits",
+                f"{run.key}: {error} The update waits for the next step with finite scores.",
+            )
+            return
+        self.masks.commit(list(layers.values()), self._optimizers())
+        run.share = share
+        run.pending = False
+        run.last_epoch = self._epoch
+
+    def _with_gradient(self, run: Run, layers: Layers) -> Layers:
+        if not needs_gradient(run.method.rule):
+            return layers
+        for layer in layers:
+            if layer.grad is None:
+                self._warn(
+                    f"{run.key} {layer.name}",
+                    f"{run.key}: {layer.name} got no gradient in an update step and is left as "
+                    "it is.",
+                )
+        return [layer for layer in layers if layer.grad is not None]
+
+    # ---------------------------------------------------------------------- what is odd
+
+    def warn_of_idle_methods(self) -> None:
+        """Say which methods will never make an update."""
+        for run in self.runs:
+            if run.steps is not None and not run.steps.opens(self.total):
+                self._warn(
+                    f"{run.key} is idle",
+                    f"{run.key} makes no update: training has {self.total:g} optimizer steps, and "
+                    f"its window is steps {run.steps.start} to {run.steps.end}, every "
+                    f"{run.steps.every}. Lower update_start or update_interval.",
+                )
+
+    def warn_of_unfinished_ramps(self) -> None:
+        """Say which densities did not arrive."""
+        for run in self.runs:
+            if run.unfinished and run.steps is not None:
+                layers = self._layers(run)
+                density = sum(layer.live for layer in layers) / sum(layer.size for layer in layers)
+                self._warn(
+                    f"{run.key} is unfinished",
+                    f"{run.key}: training ended at step {run.owner.steps}, before update_end "
+                    f"(step {run.steps.end}); the density is {density:.4g}, not "
+                    f"{run.method.density or 'the final one'}.",
+                )
+
+    # --------------------------------------------------------------------------- state
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether any method has made or taken over masks."""
+        return any(run.share is not None for run in self.runs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs."""
+        return state.save(self.masks, self._assignments, self.owners, self.runs, self.seed)
+
+    def compare(self, saved: dict[str, Any]) -> None:
+        """Raise if a saved state is of another training.
+
+        Raises:
+            MisconfigurationException: Naming everything that differs.
+        """
+        if found := state.differences(saved, self.masks, self._assignments, self.owners, self.runs):
+            raise MisconfigurationException(
+                "The checkpoint was made by another sparse training, and nothing was restored:\n  "
+                + "\n  ".join(found)
+                + "\nUse the callbacks and the model it was made with, or load only its weights."
+            )
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from a saved state, after comparing."""
+        self.compare(saved)
+        self.seed = saved["seed"]
+        state.restore(saved, self.masks, self.owners, self.runs)
