@@ -90,6 +90,27 @@ def final_table(masks: Masks, courses: Mapping[str, Course], flops: Flops | None
     return _table(header, rows)
 
 
+def flops_table(masks: Masks, flops: Flops) -> str:
+    """Forward FLOPs per sample of each layer, dense and at its density.
+
+    Args:
+        masks: The sparse parameters.
+        flops: What was counted; "?" where it is not known.
+
+    Returns:
+        The table, several lines without a newline at the end; empty if nothing is known.
+    """
+    if not flops.layers:
+        return ""
+    rows = []
+    for kept in masks:
+        dense = flops.layers.get(kept.name)
+        now = None if dense is None else dense * kept.density
+        told = ["?" if value is None else quantity(value) for value in (dense, now)]
+        rows.append([kept.name, told[0], _density(kept.live, kept.numel), told[1]])
+    return _table(["sparse parameter", "FLOPs dense", "density", "FLOPs now"], rows) + "\n"
+
+
 def flops_line(flops: Flops, densities: Mapping[str, float]) -> str:
     """Forward FLOPs per sample, dense and at these densities."""
     if flops.unknown:
@@ -139,8 +160,8 @@ def memory_line(masks: Masks) -> str:
     least = sum(kept.live * kept.parameter.element_size() + -(-kept.numel // 8) for kept in masks)
     now, before, could_be = (quantity(size, "B") for size in (stored, dense, least))
     return (
-        f"Memory of these parameters: {before} dense, {now} now with masks; live values and a "
-        f"bitmap alone would be {could_be}."
+        f"Memory of these parameters: {before} dense; {now} now, with masks and what applies them "
+        f"at memory speed; live values and a bitmap alone would be {could_be}."
     )
 
 

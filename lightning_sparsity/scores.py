@@ -111,7 +111,7 @@ class average_gradient:
         grad = _grad(layer, "average_gradient")
         mean = layer.slots.get("momentum")
         mean = torch.zeros_like(grad) if mean is None else mean
-        return {"momentum": mean.lerp_(grad, 1 - self.beta)}
+        return {"momentum": mean.lerp(grad, 1 - self.beta)}
 
 
 def _grad(layer: Layer, score: str) -> Tensor:

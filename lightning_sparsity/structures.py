@@ -146,7 +146,7 @@ class Block(_Tiled):
     columns: int
 
     def __post_init__(self) -> None:
-        if not all(isinstance(n, int) and n > 0 for n in (self.rows, self.columns)):
+        if not all(type(n) is int and n > 0 for n in (self.rows, self.columns)):
             raise ValueError(f"{self}: both sizes must be positive integers.")
 
     def _tile(self, view: Tensor) -> tuple[int, int, int]:
@@ -180,7 +180,7 @@ class NM(Structure):
     m: int
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.n, int) and isinstance(self.m, int) and 1 <= self.n <= self.m):
+        if not (type(self.n) is int and type(self.m) is int and 1 <= self.n <= self.m):
             raise ValueError(f"{self}: needs integers with 1 <= n <= m, such as NM(2, 4).")
 
     @property

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from lightning_sparsity.core.keeper import MaskKeeper
 from lightning_sparsity.core.masks import Masks, optimizer_state
+from lightning_sparsity.core.method import Method
 
 Batch = tuple[Tensor, Tensor]
 MakeOptimizer = Callable[[Any], Optimizer]
@@ -192,6 +193,7 @@ class Probe(Callback):
     """Checks after every batch that nothing lives off the masks, and records the end."""
 
     def __init__(self) -> None:
+        self.batches = 0
         self.history: list[tuple[str, dict[str, int]]] = []
         self.weights: dict[str, Tensor] = {}
         self.masks: dict[str, Tensor] = {}
@@ -199,6 +201,7 @@ class Probe(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Check weights and optimizer state, record the masks."""
+        self.batches += 1
         masks = _masks(trainer)
         if masks is not None:
             assert_zero_off_masks(masks, trainer.optimizers)
@@ -264,6 +267,8 @@ def fit(
     }
     made = pl.Trainer(callbacks=[*callbacks, probe], **options)
     made.fit(module, data if data is not None else Batches(), ckpt_path=ckpt_path)
+    made_masks = probe.history or not probe.batches
+    assert made_masks or not any(isinstance(c, Method) for c in callbacks), "no masks were seen"
     return Result(module, made, probe.weights, probe.masks, probe.state, probe.history)
 
 

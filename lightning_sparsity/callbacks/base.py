@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -22,7 +23,7 @@ from lightning_sparsity.core.window import Window
 from lightning_sparsity.distributions import fixes_total, is_exact, per_layer, uniform, unmatched
 from lightning_sparsity.reports import allocation_table
 from lightning_sparsity.rules import chain, drop, find, grow
-from lightning_sparsity.scores import magnitude, random
+from lightning_sparsity.scores import magnitude, needs_gradient, random
 from lightning_sparsity.structures import NM, Structure
 
 _adapt = chain(drop(magnitude), grow(random))
@@ -33,8 +34,7 @@ class SparsityCallback(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Make sure that the Trainer has a keeper."""
-        if stage == "fit":
-            MaskKeeper.ensure(trainer)
+        MaskKeeper.ensure(trainer)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the logging functions that Lightning hangs on callbacks."""
@@ -94,6 +94,11 @@ class MaskCallback(SparsityCallback):
         self._check_types(structure, seed)
         if isinstance(structure, NM):
             density = self._check_pattern(density, structure)
+            if distribution is not None:
+                raise ValueError(
+                    f"{self._name}(structure={structure!r}, distribution={call_of(distribution)}): "
+                    "the pattern fixes what lives in every layer; leave distribution out."
+                )
         if density is not None:
             self._check("density", density, low_open=True)
         self._check("initial_density", initial_density, low_open=True)
@@ -106,7 +111,7 @@ class MaskCallback(SparsityCallback):
                 f"{self._name}(distribution={call_of(distribution)}): must be a distribution such "
                 "as erk or epsilon(20), or densities by name pattern, {'net.*': 0.1}."
             )
-        self.density = density
+        self.density = None if density is None else float(density)
         self.distribution = distribution
         self.default_distribution = default_distribution
         self.window: Window = self._named(Window, update_interval, update_start, update_end)
@@ -147,6 +152,26 @@ class MaskCallback(SparsityCallback):
         return next((fraction for fraction in fractions if fraction is not None), None)
 
     @property
+    def needs_gradient(self) -> bool:
+        """Whether updates read dense gradients."""
+        by_rule = self.rule is not None and needs_gradient(self.rule)
+        return by_rule or (self.ramps and needs_gradient(self._distribution))
+
+    def check(self, layers: Layers) -> None:
+        """Raise if the asked density cannot be reached, long before it is due.
+
+        Args:
+            layers: Every layer of the method.
+
+        Raises:
+            ValueError: If the density is out of reach; says what is the largest sparsity.
+        """
+        asked = self.density is not None or fixes_total(self._distribution)
+        if asked and not needs_gradient(self._distribution):
+            density = 1.0 if self.density is None else self.density
+            self._budget(_all_live(layers), density, round(density * _size(layers)), None)
+
+    @property
     def only_prunes(self) -> bool:
         """Whether no update ever brings a unit to life."""
         return isinstance(self.rule, drop)
@@ -175,6 +200,8 @@ class MaskCallback(SparsityCallback):
             )
         if self.density is not None and fixes_total(self._distribution):
             self._check_fixed(self.density, layers)
+        if share.found and self.only_prunes and fixes_total(self._distribution):
+            self._check_room(layers)
         if share.found and (self.ramps or (self.density is None and self.distribution is None)):
             return layers
         if self.density is None and not share.found and not fixes_total(self._distribution):
@@ -288,9 +315,9 @@ class MaskCallback(SparsityCallback):
         interval = "(0, 1]" if low_open else "[0, 1]"
         hint = "; for 90% sparsity pass density=0.1" if name == "density" else ""
         message = f"{self._name}({name}={value!r}): {name} must lie in {interval}{hint}."
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{self._name}({name}={value!r}): {name} must be a number{hint}.")
-        if not (0 <= value <= 1) or (low_open and value == 0):
+        if not (0 <= float(value) <= 1) or (low_open and value == 0):
             raise ValueError(message)
 
     def _check_types(self, structure: Structure | None, seed: int | None) -> None:
@@ -299,7 +326,7 @@ class MaskCallback(SparsityCallback):
                 f"{self._name}(structure={structure!r}): must be a structure such as Rows() or "
                 "NM(2, 4)."
             )
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
             raise TypeError(f"{self._name}(seed={seed!r}): must be an int or None.")
 
     def _check_callable(self, name: str, value: object, example: str) -> None:
@@ -315,13 +342,37 @@ class MaskCallback(SparsityCallback):
                 f"{self._name}(density={self.density}, initial_density={self.initial_density}): "
                 "it only prunes; initial_density must be at least density."
             )
+        if self.density is None and not fixes_total(self._distribution):
+            raise ValueError(
+                f"{self._name}(density=None): the density to arrive at is needed; for 90% sparsity "
+                f"pass {self._name}(density=0.1)."
+            )
         try:
-            ramp(1.0, self.density or 0.5)(0.0)
+            arrives = ramp(1.0, 0.5)(1.0)
         except TypeError:
             raise TypeError(
                 f"{self._name}(ramp={call_of(ramp)}): must make a schedule from the initial and "
                 "the final density: a class such as cubic, not cubic(1.0, 0.1)."
             ) from None
+        halfway = ramp(1.0, 0.5)(0.5)
+        if not 0 < halfway <= 1:
+            raise ValueError(
+                f"{self._name}(ramp={call_of(ramp)}): ramp(1.0, 0.5) is {halfway} halfway; a "
+                "density lies in (0, 1]."
+            )
+        if not math.isclose(arrives, 0.5):
+            raise ValueError(
+                f"{self._name}(ramp={call_of(ramp)}): ramp(1.0, 0.5) ends at {arrives}, not at the "
+                "final density 0.5; use a ramp between two densities, such as cubic."
+            )
+
+    def _check_room(self, layers: Layers) -> None:
+        for layer, end in zip(layers, self._budget(_all_live(layers), 1.0, 0, None), strict=True):
+            if end > layer.live:
+                raise ValueError(
+                    f"{self._name}(distribution={call_of(self._distribution)}) only prunes, and "
+                    f"{layer.name} has {layer.live} live units where {end} are asked for."
+                )
 
     def _check_fixed(self, density: float, layers: Layers) -> None:
         counts = self._budget(_all_live(layers), 1.0, 0, None)

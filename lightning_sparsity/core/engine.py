@@ -1,4 +1,4 @@
-"""Engine: sparse training step by step, without Lightning.
+"""Engine: sparse training step by step, apart from Lightning's hooks.
 
 It groups the sparse parameters by optimizer, begins the methods, masks gradients before a
 step, runs the due rules after it, and commits what they return.
@@ -23,7 +23,6 @@ from lightning_sparsity.core.plan import Assignment, check_order, check_windows
 from lightning_sparsity.core.randomness import generator
 from lightning_sparsity.core.run import Owner, Run, by_optimizer, carry_over, census
 from lightning_sparsity.ops.selection import NonFiniteScoreError
-from lightning_sparsity.scores import needs_gradient
 
 
 class Engine:
@@ -65,6 +64,7 @@ class Engine:
         self._handles: list[Any] = []
         self._census: list[tuple[int, int]] = []
         self._trusted = trusted
+        self._strict = True
         self._warn = warn
         self._epoch = 0
         self._ending: int | None = None
@@ -124,6 +124,7 @@ class Engine:
                 before it starts, or overlaps with another on the same parameter.
         """
         self.total = float(total) if total > 0 else float("inf")
+        self._strict = check
         windows = []
         for a in self._assignments:
             if a.method.rule is None:
@@ -156,7 +157,10 @@ class Engine:
         self.seed = seed
         for owner in self.owners:
             owner.steps = steps
+        self._refuse_ramps_that_never_move()
         layers = {layer.name: layer for run in self.runs for layer in self._layers(run)}
+        for a in self._assignments:
+            a.method.check([layers[name] for name in a.names])
         made: dict[str, tuple[str, float]] = {}  # who acted last, and the density it leaves
         taken: set[str] = set()
         shares: list[tuple[Run, Share]] = []
@@ -174,6 +178,23 @@ class Engine:
         self.masks.commit(list(layers.values()), self._optimizers())
         for run, share in shares:
             run.share = share
+
+    def _refuse_ramps_that_never_move(self) -> None:
+        for run in self.runs:
+            if run.method.ramps and self._is_idle(run) and self._strict:
+                assert run.steps is not None
+                raise MisconfigurationException(
+                    f"{run.key}: its density of {run.method.density or 'the distribution'} would "
+                    f"never be reached: the window is steps {run.steps.start} to {run.steps.end}, "
+                    f"and training is from step {run.owner.steps} to {self.total:g}."
+                )
+
+    def _is_idle(self, run: Run) -> bool:
+        """Whether no update of a method can come in this training."""
+        steps = run.steps
+        if steps is None or run.owner.optimizer is None:
+            return False
+        return not steps.opens(self.total) or run.owner.steps >= steps.end
 
     def _begin(self, run: Run, layers: dict[str, Layer], found: bool) -> Share:
         """Let a method take over; ``layers`` are replaced by what it makes of them."""
@@ -272,6 +293,8 @@ class Engine:
         if not (owner.masked and self._trusted and owner.keeps_zeros()):
             self.masks.enforce(owner.stepping, optimizer)
         owner.steps += 1
+        for name, slots in owner.observed.items():
+            self.masks[name].slots.update(slots)
         for run in self.runs:
             if run.owner is owner and self._is_due(run):
                 self._update(run)
@@ -287,15 +310,15 @@ class Engine:
         }
         runs = [run for run in self.runs if run.owner is owner]
         for run in runs:
-            if run.method.observe is not None and run.share is not None:
+            if run.observes:
                 owner.kept = dense
                 for layer in self._layers(run):
-                    if layer.grad is not None:
-                        self.masks[layer.name].slots.update(run.method.observe(layer))
+                    if layer.grad is not None and run.method.observe is not None:
+                        owner.observed[layer.name] = dict(run.method.observe(layer))
         wanted = {
             name
             for run in runs
-            if needs_gradient(run.method.rule) and self._is_due(run, ahead=1)
+            if run.method.needs_gradient and self._is_due(run, ahead=1)
             for name in run.names
         }
         owner.kept = {
@@ -333,7 +356,7 @@ class Engine:
         run.last_epoch = self._epoch
 
     def _with_gradient(self, run: Run, layers: Layers) -> Layers:
-        if not needs_gradient(run.method.rule):
+        if not run.method.needs_gradient:
             return layers
         for layer in layers:
             if layer.grad is None:
@@ -347,14 +370,22 @@ class Engine:
     # ---------------------------------------------------------------------- what is odd
 
     def warn_of_idle_methods(self) -> None:
-        """Say which methods will never make an update."""
+        """Say which methods will make no update, or a single one where many are meant."""
         for run in self.runs:
-            if run.steps is not None and not run.steps.opens(self.total):
+            steps = run.steps
+            if steps is not None and self._is_idle(run):
                 self._warn(
                     f"{run.key} is idle",
-                    f"{run.key} makes no update: training has {self.total:g} optimizer steps, and "
-                    f"its window is steps {run.steps.start} to {run.steps.end}, every "
-                    f"{run.steps.every}. Lower update_start or update_interval.",
+                    f"{run.key} makes no update: training has {self.total:g} optimizer steps, "
+                    f"{run.owner.steps} of them behind it, and the window is steps {steps.start} "
+                    f"to {steps.end}, every {steps.every}. Move the window, or update more often.",
+                )
+            elif steps is not None and run.method.ramps and steps.jumps:
+                self._warn(
+                    f"{run.key} jumps",
+                    f"{run.key} goes to its density in a single update, at step {steps.end}: the "
+                    f"window is steps {steps.start} to {steps.end}, every {steps.every}. Lower "
+                    "update_interval for a gradual change.",
                 )
 
     def warn_of_unfinished_ramps(self) -> None:
@@ -389,9 +420,11 @@ class Engine:
         """
         if found := state.differences(saved, self.masks, self._assignments, self.owners, self.runs):
             raise MisconfigurationException(
-                "The checkpoint was made by another sparse training, and nothing was restored:\n  "
+                "The checkpoint was made by another sparse training. Of its masks nothing was "
+                "restored (Lightning has loaded its weights into the model):\n  "
                 + "\n  ".join(found)
-                + "\nUse the callbacks and the model it was made with, or load only its weights."
+                + "\nUse the callbacks and the model it was made with, or begin a new training "
+                "from its weights, with load_from_checkpoint."
             )
 
     def restore(self, saved: dict[str, Any]) -> None:

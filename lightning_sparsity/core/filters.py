@@ -40,6 +40,11 @@ class Candidate:
     aliases: tuple[str, ...]
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Every plain name; more than one if the parameter is tied."""
+        return tuple(plain_name(alias) for alias in self.aliases)
+
+    @property
     def layout(self) -> Layout:
         """Where the outputs and inputs of the parameter lie."""
         if isinstance(self.module, _CONVOLUTIONS):
@@ -100,7 +105,15 @@ def candidates(model: nn.Module) -> list[Candidate]:
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 found.append((plain_name(key), module, parameter))
-    weights = [id(p) for name, m, p in found if _is_layer_weight(name, m)]
+    elsewhere = {  # tied to an embedding, say: a layer's weight only where all its uses are
+        id(parameter)
+        for prefix, module in model.named_modules()
+        for key, parameter in module.named_parameters(prefix, recurse=False)
+        if not _is_layer_weight(key, module)
+    }
+    weights = [
+        id(p) for name, m, p in found if _is_layer_weight(name, m) and id(p) not in elsewhere
+    ]
     return [
         Candidate(
             name=name,
@@ -143,11 +156,17 @@ def _matches(pool: list[Candidate], selection: Selection, argument: str) -> list
         if any(sign in selection for sign in "*?["):
             found = [c for c in usable if linear_and_conv(c) and _fits(c, selection)]
         else:
-            found = [c for c in pool if selection == c.name]
-            found = found or [c for c in pool if f"{selection}.weight" == c.name]
+            found = [c for c in pool if selection in c.names]
+            found = found or [c for c in pool if f"{selection}.weight" in c.names]
             found = found or [
                 c for c in pool if linear_and_conv(c) and c.name.startswith(f"{selection}.")
             ]
+        missed = [c for c in pool if selection and _fits(c, selection)]
+        if not found and missed:
+            raise ValueError(
+                f"{argument}={selection!r} matches only parameters that patterns do not select, "
+                f"{_names(missed)}; give their full names, or a function of the candidate."
+            )
         if not found:
             raise ValueError(
                 f"{argument}={selection!r} names no parameter of the model; linear and "
@@ -180,8 +199,8 @@ def _matches(pool: list[Candidate], selection: Selection, argument: str) -> list
 
 
 def _fits(candidate: Candidate, pattern: str) -> bool:
-    module = candidate.name.rpartition(".")[0]
-    return fnmatch.fnmatchcase(candidate.name, pattern) or fnmatch.fnmatchcase(module, pattern)
+    modules = [name.rpartition(".")[0] for name in candidate.names]
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (*candidate.names, *modules))
 
 
 def _is_layer_weight(name: str, module: nn.Module) -> bool:

@@ -14,10 +14,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_sparsity.core.engine import Engine
+from lightning_sparsity.core.filters import plain_name
 from lightning_sparsity.core.masks import Masks
 from lightning_sparsity.core.plan import assign
 from lightning_sparsity.core.randomness import default_seed, set_rng_state
 from lightning_sparsity.core.run import Run
+from lightning_sparsity.core.state import mask_weights
+from lightning_sparsity.ops.masked import apply_gate
 
 _REFUSED_STRATEGIES = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 
@@ -35,6 +38,7 @@ class MaskKeeper(Callback):
         self._restored: dict[str, Any] = {}
         self._rng_is_due = False
         self._model: Callable[[], pl.LightningModule | None] = _nobody
+        self._changes = 0
         self._warned: set[str] = set()
 
     @classmethod
@@ -85,6 +89,7 @@ class MaskKeeper(Callback):
             self._engine.compare(self._restored)
             if self._rng_is_due:
                 set_rng_state(self._restored["rng"])
+                _forget_early_data(trainer)
         self._rng_is_due = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -98,9 +103,10 @@ class MaskKeeper(Callback):
         else:  # steps lie behind where a dense training goes on
             steps = trainer.global_step // max(len(trainer.optimizers), 1)
             engine.begin(int(trainer.strategy.broadcast(default_seed())), steps)
+            if not dev_run:
+                engine.warn_of_idle_methods()
         engine.enforce()
-        if not dev_run:
-            engine.warn_of_idle_methods()
+        self._mask_averages(trainer)
         for callback in _callbacks(trainer):
             if callable(announce := getattr(callback, "on_masks_ready", None)):
                 announce(trainer, pl_module, self)
@@ -143,9 +149,11 @@ class MaskKeeper(Callback):
         """Step post-hook: mask what the step wrote, then run the updates that are due."""
         self._running.after_step(optimizer)
 
-    def on_train_batch_end(self, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Optimizer steps outside a batch are not training."""
         self._running.end_batch()
+        if self._running.masks.changes != self._changes:
+            self._mask_averages(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Updates that the epoch owes wait for the next step."""
@@ -163,6 +171,22 @@ class MaskKeeper(Callback):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._running.warn_of_unfinished_ramps()
 
+    def _mask_averages(self, trainer: pl.Trainer) -> None:
+        """Mask the running averages of averaging callbacks, when the masks have changed.
+
+        What an average kept at a dropped position would come back with the weight, and
+        would be missing in a resumed run.
+        """
+        masks = self._running.masks
+        self._changes = masks.changes
+        for callback in _callbacks(trainer):
+            average = getattr(callback, "_average_model", None)
+            if isinstance(average, torch.nn.Module):
+                model = getattr(average, "module", average)
+                weights = {plain_name(name): p for name, p in model.named_parameters()}
+                sparse = [p for p in masks if p.name in weights and not p.is_dense]
+                apply_gate([weights[p.name] for p in sparse], [p.gate for p in sparse])
+
     def _enforce_weights(self) -> None:
         if self.masks is not None:
             self.masks.enforce(self.masks)
@@ -173,12 +197,8 @@ class MaskKeeper(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Write zeros off the masks, also where the file holds averaged weights."""
-        weights = checkpoint.get("state_dict", {})
-        for kept in self.masks or ():
-            for name in kept.aliases:
-                if name in weights and not kept.is_dense:
-                    off = ~kept.mask.to(weights[name].device)
-                    weights[name] = weights[name].masked_fill(off, 0)
+        if self._model() is pl_module:
+            mask_weights(self.state_dict(), checkpoint.get("state_dict", {}))
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -198,8 +218,8 @@ class MaskKeeper(Callback):
         self._rng_is_due = True
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickles its state, without the Trainer and the model."""
-        return {**MaskKeeper().__dict__, "_restored": self.state_dict()}
+        """Pickles as new: what it keeps belongs to a model that does not come along."""
+        return MaskKeeper().__dict__
 
     # ------------------------------------------------------------------------ helpers
 
@@ -217,6 +237,17 @@ def _callbacks(trainer: pl.Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
 
 
+def _forget_early_data(trainer: pl.Trainer) -> None:
+    """Have the training data set up again, now that the random numbers are restored.
+
+    A model that asks for ``estimated_stepping_batches`` in ``configure_optimizers`` sets its
+    loader up before anything is restored: shuffling would begin elsewhere, and the state of a
+    stateful loader would be lost.
+    """
+    if getattr(trainer.fit_loop, "_combined_loader", None) is not None:
+        trainer.fit_loop._combined_loader = None
+
+
 def _refuse(trainer: pl.Trainer) -> None:
     for optimizer in trainer.optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):
@@ -224,8 +255,8 @@ def _refuse(trainer: pl.Trainer) -> None:
                 "Sparse training with LBFGS is not possible: its line search and history move "
                 "weights off the mask. Use a first-order optimizer such as AdamW."
             )
-    name = type(trainer.strategy).__name__
-    if name in _REFUSED_STRATEGIES:
+    names = {kind.__name__ for kind in type(trainer.strategy).__mro__}
+    for name in names & _REFUSED_STRATEGIES:
         raise MisconfigurationException(
             f"Sparse training under {name} is not supported, as it splits the weights over "
             'processes. Use Trainer(strategy="ddp").'

@@ -72,6 +72,19 @@ class Method(Protocol):
     density: float | None
 
     @property
+    def needs_gradient(self) -> bool:
+        """Whether updates read dense gradients."""
+        ...
+
+    def check(self, layers: Layers) -> None:
+        """Raise ``ValueError`` at the start of training if a later update could not be done.
+
+        Args:
+            layers: Every layer of the method.
+        """
+        ...
+
+    @property
     def only_prunes(self) -> bool:
         """Whether no update ever brings a unit to life."""
         ...

@@ -39,6 +39,7 @@ class Owner:
         steps: Steps it was asked for in training, skipped ones included.
         masked: Whether gradients were masked for a step that has not come yet.
         kept: Dense gradients of this step, by parameter name, where a method needs them.
+        observed: New slots by parameter name, for when the step turns out to be real.
         capture: Records activations for an update that is due at the next step.
     """
 
@@ -48,6 +49,7 @@ class Owner:
     steps: int = 0
     masked: bool = False
     kept: dict[str, Tensor] = field(default_factory=dict)
+    observed: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     capture: Capture | None = None
     _seen: list[tuple[int, int]] = field(default_factory=list)
 
@@ -58,7 +60,7 @@ class Owner:
 
     def forget(self) -> None:
         """Let go of what was kept for one step."""
-        self.kept = {}
+        self.kept, self.observed = {}, {}
         self.masked = False
         if self.capture is not None:
             self.capture.close()
@@ -141,6 +143,12 @@ class Run:
         return self.pending or self.steps.due(step, last_of_epoch)
 
     @property
+    def observes(self) -> bool:
+        """Whether the method wants to see dense gradients: an update may still come."""
+        over = self.steps is not None and self.owner.steps >= self.steps.end and not self.pending
+        return self.method.observe is not None and self.share is not None and not over
+
+    @property
     def names(self) -> list[str]:
         """Plain names of the parameters."""
         return list(self.size)
@@ -174,8 +182,11 @@ def by_optimizer(
 
 
 def census(optimizers: Sequence[Optimizer]) -> list[tuple[int, int]]:
-    """Which optimizers there are and how many parameters they step, to see a change."""
-    return [(id(o), sum(len(group["params"]) for group in o.param_groups)) for o in optimizers]
+    """Which optimizers there are and which parameters they step, to see a change."""
+    return [
+        (id(o), hash(tuple(id(p) for group in o.param_groups for p in group["params"])))
+        for o in optimizers
+    ]
 
 
 def carry_over(old: Sequence[Run], new: Sequence[Run]) -> None:

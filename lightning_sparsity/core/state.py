@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from lightning_sparsity.core.masks import Masks
 from lightning_sparsity.core.method import Share
 from lightning_sparsity.core.plan import Assignment
@@ -31,6 +33,7 @@ def save(
         "methods": [_describe(a) for a in assignments],
         "parameters": {
             kept.name: {
+                "aliases": kept.aliases,
                 "shape": tuple(kept.parameter.shape),
                 "structure": repr(kept.structure),
                 "mask": pack(kept.mask).cpu(),
@@ -86,6 +89,16 @@ def restore(
         run.pending = saved["pending"]
         run.last_epoch = saved["last_epoch"]
         run.share = Share(**saved["share"]) if saved["share"] else None
+
+
+def mask_weights(state: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Replace what is in ``weights``, by name, by copies that are zero off the saved masks."""
+    for saved in state.get("parameters", {}).values():
+        mask = unpack(saved["mask"], saved["shape"])
+        for name in saved["aliases"]:
+            if name in weights and not mask.all():
+                off = ~mask.to(weights[name].device)
+                weights[name] = weights[name].masked_fill(off, 0)
 
 
 def _save_run(run: Run) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal
 
 
@@ -21,7 +22,7 @@ def resolve(time: int | float, total: float) -> int:
             "(no max_steps or max_epochs, or a data set without a length). Give optimizer steps "
             "as an int, or set Trainer(max_steps=...)."
         )
-    return round(time * total)
+    return max(1, round(time * total))
 
 
 def is_time(value: object) -> bool:
@@ -54,6 +55,11 @@ class Window:
     end: int | float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("every", "start", "end"):  # numbers of NumPy are numbers too
+            value = getattr(self, name)
+            if isinstance(value, Real) and not isinstance(value, int | float):
+                plain = int(value) if isinstance(value, Integral) else float(value)
+                object.__setattr__(self, name, plain)
         if self.every != "epoch" and (
             isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1
         ):
@@ -114,6 +120,11 @@ class Steps:
         if self.arrives and step == self.end:
             return True
         return last_of_epoch if self.every == "epoch" else (step - self.start) % self.every == 0
+
+    @property
+    def jumps(self) -> bool:
+        """Whether an interval in steps is so long that only the end is due."""
+        return self.every != "epoch" and self.every > self.end - self.start > 0
 
     def opens(self, total: float) -> bool:
         """Whether a training of ``total`` steps may reach a step that is due."""

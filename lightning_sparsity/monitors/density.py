@@ -240,7 +240,9 @@ class DensityMonitor(SparsityCallback):
         """Print FLOPs once, as soon as they are known."""
         if watch.cost.flops is not None and not self._flops_told:
             self._flops_told = True
-            self._print(reports.flops_line(watch.cost.flops, watch.tracker.densities))
+            table = reports.flops_table(watch.masks, watch.cost.flops)
+            line = reports.flops_line(watch.cost.flops, watch.tracker.densities)
+            self._print(f"\n{table}{line}\n")
 
     def _print(self, text: str) -> None:
         if self.print_tables:

@@ -14,7 +14,6 @@ from lightning_sparsity.flops import FlopCounter, Flops, is_compiled
 from lightning_sparsity.monitors.cost import BatchClock, TrainingCost
 from lightning_sparsity.monitors.picture import DensityHistory
 from lightning_sparsity.monitors.tracker import MaskTracker
-from lightning_sparsity.scores import needs_gradient
 
 
 class Watch:
@@ -89,9 +88,9 @@ class Watch:
         if counter is not None and (self._forward_ended or not self._model.automatic_optimization):
             self.cost.flops = counter.per_sample(samples)
         updated = self._updated()
-        dense = {name: 1 for run in self._keeper.runs if _observes(run) for name in run.names}
+        dense = {name: 1 for run in self._keeper.runs if run.observes for name in run.names}
         for run in updated:
-            if needs_gradient(run.method.rule):
+            if run.method.needs_gradient:
                 dense.update({name: accumulated for name in run.names if name not in dense})
         self.cost.add(self.tracker.densities, dense)
         self.tracker.update({name for run in updated for name in run.names})
@@ -166,8 +165,3 @@ def _identity(run: Run) -> tuple[str, int]:
 
 def _updates(keeper: MaskKeeper) -> dict[tuple[str, int], int]:
     return {_identity(run): run.updates for run in keeper.runs}
-
-
-def _observes(run: Run) -> bool:
-    """Whether a method sees dense gradients in every step."""
-    return run.method.observe is not None and run.share is not None

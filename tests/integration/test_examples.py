@@ -83,6 +83,7 @@ def test_quickstart(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert "density 0.2000" in printed
 
 
+@pytest.mark.filterwarnings("ignore:GMP goes to its density in a single update")
 @pytest.mark.filterwarnings("ignore:RigL makes no update")
 @pytest.mark.parametrize("method", ["rigl", "set", "static", "gmp", "magnitude", "dense"])
 def test_mnist(run: Run, digits: Path, capsys: pytest.CaptureFixture[str], method: str) -> None:

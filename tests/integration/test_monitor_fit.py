@@ -362,7 +362,7 @@ def test_reports(output: Any) -> None:
 
     fit([rigl(), DensityMonitor(), First()])
     text = output()
-    assert text.count("sparse parameter") == 2
+    assert text.count("sparse parameter") == 3  # allocation, FLOPs, end
     assert text.count("Forward FLOPs per sample: 6.53 k dense") == 2
     for part in ("ever live", "Training FLOPs", "Measured:", "Memory of these parameters"):
         assert text.count(part) == 1

@@ -88,7 +88,7 @@ def test_whether_an_epoch_may_end_in_the_window():
         (0.0, 24, 0),
         (0.29, 100, 29),  # 28.999999999999996
         (0.5, 25, 12),
-        (0.1, 3, 0),
+        (0.1, 3, 1),
     ],
 )
 def test_times_in_steps(time, total, step):

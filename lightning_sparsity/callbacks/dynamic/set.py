@@ -78,6 +78,8 @@ class SET(MaskCallback):
     ) -> None:
         self._check("drop_fraction", drop_fraction)
         self._check_std(new_weight_std)
+        if not isinstance(sign_split, bool):
+            raise TypeError(f"SET(sign_split={sign_split!r}): must be True or False.")
         self.sign_split = sign_split
         if sign_split and structure is not None:
             self._check_sign(structure)

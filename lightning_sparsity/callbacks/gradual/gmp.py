@@ -66,6 +66,8 @@ class GMP(MaskCallback):
         structure: Structure | None = None,
         seed: int | None = None,
     ) -> None:
+        if ramp is None:
+            raise TypeError("GMP(ramp=None): must be a ramp between two densities, such as cubic.")
         super().__init__(
             density=density,
             distribution=distribution,

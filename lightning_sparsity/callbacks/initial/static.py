@@ -57,6 +57,7 @@ class StaticSparse(MaskCallback):
         weight_init: Rule | None = None,
         seed: int | None = None,
     ) -> None:
+        self._keeps_zeros = density is None
         self._check_callable("weight_init", weight_init, "rescale_to_fan_in")
         self._check_callable("score", score, "magnitude")
         super().__init__(
@@ -73,17 +74,19 @@ class StaticSparse(MaskCallback):
 
     def begin(self, layers: Layers, share: Share) -> Layers:
         """Make the masks, or read them off the weights; see the base class."""
-        if share.found or self.density is not None or fixes_total(self._distribution):
+        if share.found or not self._keeps_zeros or fixes_total(self._distribution):
             return super().begin(layers, share)
         kept = [layer.with_units(layer.reduce(layer.weight != 0) > 0) for layer in layers]
-        if all(layer.live == layer.size for layer in kept):
-            raise ValueError(
-                "StaticSparse(density=None): no weight is zero, so there is no mask to keep; give "
-                "a density, such as StaticSparse(density=0.1)."
-            )
-        for layer in kept:
-            self._check_zeros(layer)
-        return kept
+        if any(layer.live < layer.size for layer in kept):
+            for layer in kept:
+                self._check_zeros(layer)
+            return kept
+        if self.density is not None:  # a pattern that no layer has yet
+            return super().begin(layers, share)
+        raise ValueError(
+            "StaticSparse(density=None): no weight is zero, so there is no mask to keep; give a "
+            "density, such as StaticSparse(density=0.1)."
+        )
 
     @staticmethod
     def _check_zeros(layer: Layer) -> None:
@@ -92,7 +95,7 @@ class StaticSparse(MaskCallback):
             (pattern.group(layer.mask, layer.layout).sum(1) != pattern.n).any()
         ):
             raise ValueError(
-                f"StaticSparse(density=None, structure={pattern!r}): the zeros of {layer.name} do "
-                f"not leave {pattern.n} live weights in every {pattern.m}; leave structure out, or "
-                "prune to the pattern with Magnitude."
+                f"StaticSparse(structure={pattern!r}): {layer.name} has zeros, but not {pattern.n} "
+                f"live weights in every {pattern.m}; leave structure out, or prune to the pattern "
+                "with Magnitude."
             )
