@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping
 from numbers import Integral, Real
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_sparsity.core.apportion import apportion, fill, shares
+from lightning_sparsity.callbacks.budget import Budgeter
 from lightning_sparsity.core.capture import Statistic
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.keeper import MaskKeeper
-from lightning_sparsity.core.layer import Distribution, Layer, Layers, Ramp, Rule, call_of
+from lightning_sparsity.core.layer import Distribution, Layers, Ramp, Rule, call_of
 from lightning_sparsity.core.method import Observe, Role, Share
 from lightning_sparsity.core.window import Window
-from lightning_sparsity.distributions import fixes_total, is_exact, per_layer, uniform, unmatched
+from lightning_sparsity.distributions import fixes_total, per_layer
 from lightning_sparsity.reports import allocation_table
 from lightning_sparsity.rules import chain, drop, find, grow
 from lightning_sparsity.scores import magnitude, needs_gradient, random
@@ -155,7 +153,7 @@ class MaskCallback(SparsityCallback):
     def needs_gradient(self) -> bool:
         """Whether updates read dense gradients."""
         by_rule = self.rule is not None and needs_gradient(self.rule)
-        return by_rule or (self.ramps and needs_gradient(self._distribution))
+        return by_rule or (self.ramps and needs_gradient(self._budget.distribution))
 
     def check(self, layers: Layers) -> None:
         """Raise if the asked density cannot be reached, long before it is due.
@@ -166,10 +164,7 @@ class MaskCallback(SparsityCallback):
         Raises:
             ValueError: If the density is out of reach; says what is the largest sparsity.
         """
-        asked = self.density is not None or fixes_total(self._distribution)
-        if asked and not needs_gradient(self._distribution):
-            density = 1.0 if self.density is None else self.density
-            self._budget(_all_live(layers), density, round(density * _size(layers)), None)
+        self._budget.check(layers)
 
     @property
     def only_prunes(self) -> bool:
@@ -193,27 +188,17 @@ class MaskCallback(SparsityCallback):
             ValueError: If nothing says what the density should be, or a pattern of the
                 distribution matches no layer.
         """
-        if typos := unmatched(self._distribution, share.names):
-            raise ValueError(
-                f"{self._name}(distribution={self._distribution!r}): {typos[0]!r} matches no "
-                f"sparse layer; they are {', '.join(share.names)}."
-            )
-        if self.density is not None and fixes_total(self._distribution):
-            self._check_fixed(self.density, layers)
-        if share.found and self.only_prunes and fixes_total(self._distribution):
-            self._check_room(layers)
-        if share.found and (self.ramps or (self.density is None and self.distribution is None)):
+        self._budget.check_found(layers, share)
+        given = self.density is not None or self.distribution is not None
+        if share.found and (self.ramps or not given):
             return layers
-        if self.density is None and not share.found and not fixes_total(self._distribution):
+        if self.density is None and not share.found and not fixes_total(self._budget.distribution):
             raise ValueError(
                 f"{self._name}(density=None): no earlier callback made masks, so a density is "
                 f"needed; for 90% sparsity pass {self._name}(density=0.1)."
             )
-        if self.ramps and fixes_total(self._distribution):
-            start = _part(self.initial_density, layers, share)
-            return self.initial(layers, uniform(layers, start), 0.0)
         rule = _adapt if share.found else self.initial
-        return rule(layers, self._first_budget(layers, share), 0.0)
+        return rule(layers, self._budget.first(layers, share), 0.0)
 
     def update(self, layers: Layers, share: Share, progress: float) -> Layers:
         """Apply the method's rule, towards the density of the moment if it ramps.
@@ -229,73 +214,19 @@ class MaskCallback(SparsityCallback):
         assert self.rule is not None
         if self.ramp is None:
             return self.rule(layers, [layer.live for layer in layers], progress)
-        return self.rule(layers, self._ramp_budget(self.ramp, layers, share, progress), progress)
-
-    # ---------------------------------------------------------------------- budgets
+        return self.rule(layers, self._budget.on_the_way(layers, share, progress), progress)
 
     @property
-    def _distribution(self) -> Distribution:
-        return self.distribution or self.default_distribution
-
-    def _first_budget(self, layers: Layers, share: Share) -> list[int]:
-        """Live units per layer when the method begins."""
-        density = self.initial_density if self.ramps else self.density
-        if density is None:
-            density = _live(layers) / _size(layers) if share.found else 1.0
-        start = {layer.name: layer.live for layer in layers}
-        inherits = share.found and self.distribution is None
-        return self._budget(
-            _all_live(layers), density, _part(density, layers, share), start if inherits else None
+    def _budget(self) -> Budgeter:
+        return Budgeter(
+            name=self._name,
+            density=self.density,
+            given=self.distribution,
+            default=self.default_distribution,
+            initial_density=self.initial_density,
+            ramp=self.ramp,
+            only_prunes=self.only_prunes,
         )
-
-    def _ramp_budget(self, ramp: Ramp, layers: Layers, share: Share, progress: float) -> list[int]:
-        """Live units per layer on the way from the start to the final density."""
-        start = [share.start[layer.name] for layer in layers]
-        if fixes_total(self._distribution):
-            end = self._budget(_all_live(layers), 1.0, 0, None)
-            left = ramp(1.0, 0.0)(progress)
-            wanted = [b + (a - b) * left for a, b in zip(start, end, strict=True)]
-            return [min(round(n), layer.live) for n, layer in zip(wanted, layers, strict=True)]
-        assert self.density is not None
-        began = sum(start) / _size(layers) if share.found else self.initial_density
-        now = ramp(began, self.density)(progress)
-        inherits = share.found and self.distribution is None
-        return self._budget(
-            layers, now, _part(now, layers, share), share.start if inherits else None
-        )
-
-    def _budget(
-        self, layers: Layers, density: float, total: int, like: Mapping[str, int] | None
-    ) -> list[int]:
-        """Live units per layer: ``total`` by the distribution, or in proportion to ``like``."""
-        fixed = {layer.name: _in_groups(layer, density) for layer in layers if _is_limited(layer)}
-        if fixed:
-            free = [layer for layer in layers if layer.name not in fixed]
-            rest = self._budget(free, density, round(density * _size(free)), like) if free else []
-            counts = {**fixed, **dict(zip((layer.name for layer in free), rest, strict=True))}
-            return [counts[layer.name] for layer in layers]
-        if total > _live(layers):  # to grow: every position has room
-            layers = _all_live(layers)
-        if like is None:
-            return self._split(layers, total)
-        capacity = [layer.live for layer in layers]
-        ideal = fill([like[layer.name] for layer in layers], capacity, total)
-        return apportion(ideal, capacity, total)
-
-    def _split(self, layers: Layers, total: int) -> list[int]:
-        """What the distribution says, checked: it may be the user's."""
-        counts = list(self._named(self._distribution, layers, total))
-        fits = len(counts) == len(layers) and all(
-            isinstance(n, int) and 0 <= n <= layer.live
-            for n, layer in zip(counts, layers, strict=False)
-        )
-        if not fits or (is_exact(self._distribution) and sum(counts) != total):
-            raise ValueError(
-                f"{self._name}: {call_of(self._distribution)} gave {counts} for "
-                f"{[layer.name for layer in layers]}; a distribution gives one int per layer, from "
-                f"0 to {[layer.live for layer in layers]}, {total} in all."
-            )
-        return counts
 
     # ----------------------------------------------------------------------- checks
 
@@ -342,7 +273,7 @@ class MaskCallback(SparsityCallback):
                 f"{self._name}(density={self.density}, initial_density={self.initial_density}): "
                 "it only prunes; initial_density must be at least density."
             )
-        if self.density is None and not fixes_total(self._distribution):
+        if self.density is None and not fixes_total(self._budget.distribution):
             raise ValueError(
                 f"{self._name}(density=None): the density to arrive at is needed; for 90% sparsity "
                 f"pass {self._name}(density=0.1)."
@@ -366,22 +297,6 @@ class MaskCallback(SparsityCallback):
                 "final density 0.5; use a ramp between two densities, such as cubic."
             )
 
-    def _check_room(self, layers: Layers) -> None:
-        for layer, end in zip(layers, self._budget(_all_live(layers), 1.0, 0, None), strict=True):
-            if end > layer.live:
-                raise ValueError(
-                    f"{self._name}(distribution={call_of(self._distribution)}) only prunes, and "
-                    f"{layer.name} has {layer.live} live units where {end} are asked for."
-                )
-
-    def _check_fixed(self, density: float, layers: Layers) -> None:
-        counts = self._budget(_all_live(layers), 1.0, 0, None)
-        if abs(sum(counts) - density * _size(layers)) > len(layers):
-            raise ValueError(
-                f"{self._name}(density={density}): {call_of(self._distribution)} fixes the density "
-                f"at {sum(counts) / _size(layers):.4g}; leave one of the two out."
-            )
-
     def _check_pattern(self, density: float | None, structure: NM) -> float:
         if density not in (None, structure.density):
             raise ValueError(
@@ -389,35 +304,3 @@ class MaskCallback(SparsityCallback):
                 f"the density at {structure.density}; leave density out."
             )
         return structure.density
-
-
-def _size(layers: Layers) -> int:
-    return sum(layer.size for layer in layers)
-
-
-def _live(layers: Layers) -> int:
-    return sum(layer.live for layer in layers)
-
-
-def _is_limited(layer: Layer) -> bool:
-    return isinstance(layer.structure, NM)
-
-
-def _in_groups(layer: Layer, density: float) -> int:
-    """Live weights of a layer whose pattern has ``ceil(density * m)`` in every group."""
-    assert isinstance(layer.structure, NM)
-    per_group = max(1, math.ceil(round(density * layer.structure.m, 9)))
-    return layer.size // layer.structure.m * per_group
-
-
-def _all_live(layers: Layers) -> Layers:
-    return [dataclasses.replace(layer, mask=torch.ones_like(layer.mask)) for layer in layers]
-
-
-def _part(density: float, layers: Layers, share: Share) -> int:
-    """Integer share of ``density`` of all units that falls to the layers of one optimizer."""
-    size = _size(layers)
-    if size != share.sizes[share.index]:  # not all of them are here
-        return max(1, round(density * size))
-    total = max(len(share.sizes), round(density * sum(share.sizes)))
-    return shares(total, share.sizes)[share.index]

@@ -461,7 +461,10 @@ def test_a_ramp_that_joins_a_dense_training_arrives(tmp_path: Path) -> None:
             "optimizers",
         ),
         (
-            lambda: [RigL(0.3, update_end=4), GMP(0.1, update_start=4, update_end=8, update_interval=2)],
+            lambda: [
+                RigL(0.3, update_end=4),
+                GMP(0.1, update_start=4, update_end=8, update_interval=2),
+            ],
             lambda: [RigL(0.3)],
             r"callbacks: .*GMP",
             "optimizers",

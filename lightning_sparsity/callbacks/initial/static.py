@@ -74,7 +74,7 @@ class StaticSparse(MaskCallback):
 
     def begin(self, layers: Layers, share: Share) -> Layers:
         """Make the masks, or read them off the weights; see the base class."""
-        if share.found or not self._keeps_zeros or fixes_total(self._distribution):
+        if share.found or not self._keeps_zeros or fixes_total(self._budget.distribution):
             return super().begin(layers, share)
         kept = [layer.with_units(layer.reduce(layer.weight != 0) > 0) for layer in layers]
         if any(layer.live < layer.size for layer in kept):
