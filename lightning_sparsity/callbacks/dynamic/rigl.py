@@ -39,7 +39,8 @@ class RigL(MaskCallback):
         include: Which parameters are sparse: names, patterns, module types, callables.
         exclude: Which of those are left dense.
         structure: What one unit is, such as ``NM(2, 4)``; default single weights.
-        weight_init: A rule for the start values of the live weights, such as
+        weight_init: Where this callback makes the masks: a rule for the start values of the
+            live weights, such as
             ``rescale_to_fan_in``; None keeps the model's own.
         seed: Of the random start masks; default that of ``seed_everything``.
 

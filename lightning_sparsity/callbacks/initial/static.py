@@ -29,7 +29,8 @@ class StaticSparse(MaskCallback):
         include: Which parameters are sparse: names, patterns, module types, callables.
         exclude: Which of those are left dense.
         structure: What one unit is, such as ``Rows()``; default single weights.
-        weight_init: A rule for the start values of the live weights, such as
+        weight_init: Where this callback makes the masks: a rule for the start values of the
+            live weights, such as
             ``rescale_to_fan_in`` (standard deviation times :math:`1/\sqrt{d}`, d the live
             share of the neuron's inputs) or ``sparse_kaiming_normal`` (Evci et al., 2022);
             None keeps the model's own.
