@@ -231,6 +231,24 @@ def assert_zero_off_masks(masks: Masks, optimizers: Sequence[Optimizer] = ()) ->
                 assert not tensor[~kept.mask].any(), f"{kept.name}: optimizer state off the mask"
 
 
+def quiet_trainer(callbacks: Sequence[Callback], **options: Any) -> pl.Trainer:
+    """A Trainer on the CPU for 3 epochs, without logger, files and progress bar.
+
+    Args:
+        callbacks: Its callbacks.
+        options: Other arguments of the Trainer, which replace these.
+    """
+    quiet: dict[str, Any] = {
+        "max_epochs": 3,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return pl.Trainer(callbacks=[*callbacks], **{**quiet, **options})
+
+
 def fit(
     callbacks: Sequence[Callback],
     model: Callable[[], pl.LightningModule] = TinyModel,
@@ -256,16 +274,7 @@ def fit(
     pl.seed_everything(seed, verbose=False)
     module = model()
     probe = Probe()
-    options: dict[str, Any] = {
-        "max_epochs": 3,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        **trainer,
-    }
-    made = pl.Trainer(callbacks=[*callbacks, probe], **options)
+    made = quiet_trainer([*callbacks, probe], **trainer)
     made.fit(module, data if data is not None else Batches(), ckpt_path=ckpt_path)
     made_masks = probe.history or not probe.batches
     assert made_masks or not any(isinstance(c, Method) for c in callbacks), "no masks were seen"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from lightning_sparsity.callbacks.budget import Budgeter
 from lightning_sparsity.core.capture import Statistic
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.keeper import MaskKeeper
-from lightning_sparsity.core.layer import Distribution, Layers, Ramp, Rule, call_of
+from lightning_sparsity.core.layer import Distribution, Layers, Ramp, Rule, call_of, errors_of
 from lightning_sparsity.core.method import Observe, Role, Share
 from lightning_sparsity.core.window import Window
 from lightning_sparsity.distributions import fixes_total, per_layer
@@ -101,7 +101,8 @@ class MaskCallback(SparsityCallback):
             self._check("density", density, low_open=True)
         self._check("initial_density", initial_density, low_open=True)
         if isinstance(distribution, Mapping):
-            distribution = self._named(per_layer, distribution)
+            with errors_of(self._name):
+                distribution = per_layer(distribution)
         if distribution is not None and (
             not callable(distribution) or isinstance(distribution, type)
         ):
@@ -112,7 +113,8 @@ class MaskCallback(SparsityCallback):
         self.density = None if density is None else float(density)
         self.distribution = distribution
         self.default_distribution = default_distribution
-        self.window: Window = self._named(Window, update_interval, update_start, update_end)
+        with errors_of(self._name):
+            self.window = Window(update_interval, update_start, update_end)
         self.include = include
         self.exclude = exclude
         self.structure = structure
@@ -233,13 +235,6 @@ class MaskCallback(SparsityCallback):
     @property
     def _name(self) -> str:
         return type(self).__name__
-
-    def _named(self, make: Callable[..., Any], *args: Any) -> Any:
-        """``make(*args)``, with this class's name before its errors."""
-        try:
-            return make(*args)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{self._name}: {error}") from None
 
     def _check(self, name: str, value: object, *, low_open: bool = False) -> None:
         """Raise unless ``value`` is a number in [0, 1], or (0, 1]."""

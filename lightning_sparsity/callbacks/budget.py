@@ -10,7 +10,15 @@ from dataclasses import dataclass
 import torch
 
 from lightning_sparsity.core.apportion import apportion, fill, shares
-from lightning_sparsity.core.layer import Distribution, Layer, Layers, Ramp, call_of
+from lightning_sparsity.core.layer import (
+    Distribution,
+    Layer,
+    Layers,
+    Ramp,
+    call_of,
+    density_of,
+    errors_of,
+)
 from lightning_sparsity.core.method import Share
 from lightning_sparsity.distributions import fixes_total, is_exact, uniform, unmatched
 from lightning_sparsity.scores import needs_gradient
@@ -52,7 +60,7 @@ class Budgeter:
             return uniform(layers, _part(self.initial_density, layers, share))
         density = self.density if self.ramp is None else self.initial_density
         if density is None:
-            density = _live(layers) / _size(layers) if share.found else 1.0
+            density = density_of(layers) if share.found else 1.0
         start = {layer.name: layer.live for layer in layers}
         like = start if share.found and self.given is None else None
         return self._counts(_all_live(layers), density, _part(density, layers, share), like)
@@ -95,10 +103,8 @@ class Budgeter:
 
     def _distributed(self, layers: Layers, total: int) -> list[int]:
         """What the distribution says, checked: it may be the user's."""
-        try:
+        with errors_of(self.name):
             counts = list(self.distribution(layers, total))
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{self.name}: {error}") from None
         fits = len(counts) == len(layers) and all(
             isinstance(n, int) and 0 <= n <= layer.live
             for n, layer in zip(counts, layers, strict=False)

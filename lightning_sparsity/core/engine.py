@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_sparsity.core import state
 from lightning_sparsity.core.capture import Capture
-from lightning_sparsity.core.layer import Layer, Layers
+from lightning_sparsity.core.layer import Layer, Layers, density_of
 from lightning_sparsity.core.masks import Masks
 from lightning_sparsity.core.method import Share
 from lightning_sparsity.core.parameter import SparseParameter
@@ -64,7 +64,6 @@ class Engine:
         self._handles: list[Any] = []
         self._census: list[tuple[int, int]] = []
         self._trusted = trusted
-        self._strict = True
         self._warn = warn
         self._epoch = 0
         self._ending: int | None = None
@@ -112,19 +111,18 @@ class Engine:
 
     # ----------------------------------------------------------------------- beginning
 
-    def open_windows(self, total: float, check: bool = True) -> None:
+    def open_windows(self, total: float, strict: bool) -> None:
         """Turn the windows of all methods into steps.
 
         Args:
             total: Optimizer steps in the whole training; not above 0 if unknown.
-            check: Whether a window that ends before it starts is an error.
+            strict: Whether a window that ends before it starts is an error.
 
         Raises:
             MisconfigurationException: If a window needs a ``total`` that is unknown, ends
                 before it starts, or overlaps with another on the same parameter.
         """
         self.total = float(total) if total > 0 else float("inf")
-        self._strict = check
         windows = []
         for a in self._assignments:
             if a.method.rule is None:
@@ -134,7 +132,7 @@ class Engine:
                 steps = asked.resolve(self.total, arrives=a.method.ramps)
             except ValueError as error:
                 raise MisconfigurationException(f"{a.key}: {error}") from None
-            if check and steps.start > steps.end:
+            if strict and steps.start > steps.end:
                 raise MisconfigurationException(
                     f"{a.key}: update_end={asked.end!r} is step {steps.end} of {self.total:g} and "
                     f"comes before update_start={asked.start!r}, step {steps.start}. Give both as "
@@ -145,7 +143,7 @@ class Engine:
                 run.steps = steps if run.key == a.key else run.steps
         check_windows(windows)
 
-    def begin(self, seed: int, steps: int) -> None:
+    def begin(self, seed: int, steps: int, strict: bool) -> None:
         """Begin every initial method, then the first updater on each parameter.
 
         Nothing is written before all of them have succeeded.
@@ -153,11 +151,13 @@ class Engine:
         Args:
             seed: Of random choices.
             steps: Optimizer steps that the training has behind it.
+            strict: Whether a ramp that this training never reaches is an error.
         """
         self.seed = seed
         for owner in self.owners:
             owner.steps = steps
-        self._refuse_ramps_that_never_move()
+        if strict:
+            self._refuse_ramps_that_never_move()
         layers = {layer.name: layer for run in self.runs for layer in self._layers(run)}
         for a in self._assignments:
             a.method.check([layers[name] for name in a.names])
@@ -172,39 +172,26 @@ class Engine:
                 mine = [run for run in self.runs if run.key == a.key]
                 shares += [(run, self._begin(run, layers, found)) for run in mine]
             taken |= names if a.method.role == "updater" else set()
-            units = [layers[name] for name in a.names]
-            real = sum(layer.live for layer in units) / sum(layer.size for layer in units)
-            made |= dict.fromkeys(a.names, (a.key, a.method.density or real))
+            left = a.method.density or density_of([layers[name] for name in a.names])
+            made |= dict.fromkeys(a.names, (a.key, left))
         self.masks.commit(list(layers.values()), self._optimizers())
         for run, share in shares:
             run.share = share
 
     def _refuse_ramps_that_never_move(self) -> None:
         for run in self.runs:
-            if run.method.ramps and self._is_idle(run) and self._strict:
-                assert run.steps is not None
+            if run.method.ramps and run.steps is not None and run.idle(self.total):
                 raise MisconfigurationException(
                     f"{run.key}: its density of {run.method.density or 'the distribution'} would "
                     f"never be reached: the window is steps {run.steps.start} to {run.steps.end}, "
                     f"and training is from step {run.owner.steps} to {self.total:g}."
                 )
 
-    def _is_idle(self, run: Run) -> bool:
-        """Whether no update of a method can come in this training."""
-        steps = run.steps
-        if steps is None or run.owner.optimizer is None:
-            return False
-        return not steps.opens(self.total) or run.owner.steps >= steps.end
-
     def _begin(self, run: Run, layers: dict[str, Layer], found: bool) -> Share:
         """Let a method take over; ``layers`` are replaced by what it makes of them."""
-        mates = [r for r in self.runs if r.key == run.key]
-        share = Share(
-            names=next(a.names for a in self._assignments if a.key == run.key),
-            sizes=tuple(sum(mate.size.values()) for mate in mates),
-            index=mates.index(run),
-            found=found,
-        )
+        sizes, index = run.among(self.runs)
+        names = next(a.names for a in self._assignments if a.key == run.key)
+        share = Share(names, sizes, index, found)
         mine = [
             dataclasses.replace(layers[fresh.name], generator=fresh.generator)
             for fresh in self._layers(run)
@@ -373,7 +360,7 @@ class Engine:
         """Say which methods will make no update, or a single one where many are meant."""
         for run in self.runs:
             steps = run.steps
-            if steps is not None and self._is_idle(run):
+            if steps is not None and run.idle(self.total):
                 self._warn(
                     f"{run.key} is idle",
                     f"{run.key} makes no update: training has {self.total:g} optimizer steps, "
@@ -392,8 +379,7 @@ class Engine:
         """Say which densities did not arrive."""
         for run in self.runs:
             if run.unfinished and run.steps is not None:
-                layers = self._layers(run)
-                density = sum(layer.live for layer in layers) / sum(layer.size for layer in layers)
+                density = density_of(self._layers(run))
                 self._warn(
                     f"{run.key} is unfinished",
                     f"{run.key}: training ended at step {run.owner.steps}, before update_end "

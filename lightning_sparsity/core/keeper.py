@@ -96,13 +96,14 @@ class MaskKeeper(Callback):
         """Restore the masks, or make them, and set the weights to zero off them."""
         engine = self._running
         dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        engine.open_windows(trainer.estimated_stepping_batches, check=not dev_run)
+        engine.open_windows(trainer.estimated_stepping_batches, strict=not dev_run)
         if self._restored:
             engine.restore(self._restored)
             self._restored = {}
         else:  # steps lie behind where a dense training goes on
             steps = trainer.global_step // max(len(trainer.optimizers), 1)
-            engine.begin(int(trainer.strategy.broadcast(default_seed())), steps)
+            seed = int(trainer.strategy.broadcast(default_seed()))
+            engine.begin(seed, steps, strict=not dev_run)
             if not dev_run:
                 engine.warn_of_idle_methods()
         engine.enforce()

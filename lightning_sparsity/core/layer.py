@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -85,6 +86,20 @@ def dense_layers(shapes: Mapping[str, Sequence[int]]) -> list[Layer]:
         )
         for name, shape in shapes.items()
     ]
+
+
+def density_of(layers: Sequence[Layer]) -> float:
+    """Live share of all units of some layers."""
+    return sum(layer.live for layer in layers) / sum(layer.size for layer in layers)
+
+
+@contextmanager
+def errors_of(name: str) -> Iterator[None]:
+    """Put ``name`` before the text of a TypeError or ValueError."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 def call_of(part: object) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_sparsity.core.filters import Candidate, candidates, select
+from lightning_sparsity.core.layer import errors_of
 from lightning_sparsity.core.method import Method
 from lightning_sparsity.core.parameter import SparseParameter
 from lightning_sparsity.core.window import Steps
@@ -117,10 +118,8 @@ def _keys(methods: Sequence[Method]) -> list[str]:
 
 
 def _select(key: str, method: Method, pool: list[Candidate]) -> list[Candidate]:
-    try:
+    with errors_of(key):
         found = select(pool, method.include, method.exclude)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{key}: {error}") from None
     for candidate in found:
         if getattr(candidate.module, "sparse", False) or not candidate.parameter.ndim:
             raise ValueError(
@@ -156,8 +155,6 @@ def _structure(
             f"{first[2]} cuts {candidate.name} in units of {first[1]!r}, but {key} in units of "
             f"{structure!r}. Give both the same structure=, or leave it out of {key}."
         )
-    try:
+    with errors_of(f"{key}: {candidate.name}"):
         structure.check(tuple(candidate.parameter.shape), candidate.layout)
-    except ValueError as error:
-        raise ValueError(f"{key}: {candidate.name}: {error}") from None
     return structure

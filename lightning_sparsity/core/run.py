@@ -161,8 +161,20 @@ class Run:
     @property
     def unfinished(self) -> bool:
         """Whether the density was to change up to a step that has not come."""
-        ramping = self.steps is not None and self.method.ramps and self.owner.optimizer is not None
-        return ramping and self.owner.steps < self.steps.end  # type: ignore[union-attr]
+        if self.steps is None or self.owner.optimizer is None:
+            return False
+        return self.method.ramps and self.owner.steps < self.steps.end
+
+    def idle(self, total: float) -> bool:
+        """Whether no update can come in a training of ``total`` steps."""
+        if self.steps is None or self.owner.optimizer is None:
+            return False
+        return not self.steps.opens(total) or self.owner.steps >= self.steps.end
+
+    def among(self, runs: Sequence[Run]) -> tuple[tuple[int, ...], int]:
+        """Units of each run of the same method, and which of them this one is."""
+        mates = [run for run in runs if run.key == self.key]
+        return tuple(sum(mate.size.values()) for mate in mates), mates.index(self)
 
 
 def by_optimizer(
@@ -196,13 +208,13 @@ def carry_over(old: Sequence[Run], new: Sequence[Run]) -> None:
         twin = next((r for r in before if r.owner.optimizer is run.owner.optimizer), before[0])
         run.steps, run.updates = twin.steps, twin.updates
         run.pending, run.last_epoch = twin.pending, twin.last_epoch
-        mates = [r for r in new if r.key == run.key]
         parts = [r.share for r in before if r.share is not None]
         if parts:
+            sizes, index = run.among(new)
             start = {name: live for part in parts for name, live in part.start.items()}
             run.share = replace(
                 parts[0],
-                sizes=tuple(sum(mate.size.values()) for mate in mates),
-                index=mates.index(run),
+                sizes=sizes,
+                index=index,
                 start={name: start[name] for name in run.names if name in start},
             )

@@ -28,6 +28,7 @@ from lightning_sparsity.testing import (
     TinyModel,
     assert_zero_off_masks,
     fit,
+    quiet_trainer,
     tiny_net,
 )
 
@@ -130,7 +131,7 @@ def test_learning_rate_finder_leaves_the_masks_alone(name: str, tmp_path: Path) 
 def test_fit_twice_with_one_trainer_goes_on(name: str) -> None:
     pl.seed_everything(3, verbose=False)
     probe = Probe()
-    trainer = _trainer([METHODS[name](), probe], max_epochs=2)
+    trainer = quiet_trainer([METHODS[name](), probe], max_epochs=2)
     model = TinyModel()
     trainer.fit(model, Batches())
     first = dict(probe.masks)
@@ -236,7 +237,7 @@ def test_nothing_is_left_after_an_exception(name: str) -> None:
             return self.loss(batch)
 
     pl.seed_everything(3, verbose=False)
-    trainer = _trainer([METHODS[name]()])
+    trainer = quiet_trainer([METHODS[name]()])
     module = Failing()
     with pytest.raises(RuntimeError, match="the user's own"):
         trainer.fit(module, Batches())
@@ -283,7 +284,7 @@ def test_validate_and_test_from_a_checkpoint(name: str, tmp_path: Path) -> None:
     result = fit([METHODS[name](), saver], enable_checkpointing=True)
     for callbacks in ([METHODS[name]()], []):
         module = Validated()
-        trainer = _trainer(callbacks)
+        trainer = quiet_trainer(callbacks)
         trainer.validate(module, Batches(), ckpt_path=tmp_path / "end.ckpt")
         assert module.seen[0] >= off(result)
 
@@ -330,18 +331,6 @@ class Check(pl.Callback):
         if keeper is not None and keeper.masks is not None and not trainer.sanity_checking:
             assert_zero_off_masks(keeper.masks)
             self.checked += 1
-
-
-def _trainer(callbacks: list[Any], **kwargs: Any) -> pl.Trainer:
-    options: dict[str, Any] = {
-        "max_epochs": 3,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return pl.Trainer(callbacks=callbacks, **{**options, **kwargs})
 
 
 def _in_steps(name: str) -> dict[str, Any]:

@@ -45,6 +45,7 @@ from lightning_sparsity.testing import (
     TinyModel,
     assert_zero_off_masks,
     fit,
+    quiet_trainer,
     sgd,
 )
 
@@ -218,7 +219,7 @@ def test_writes_that_leave_no_trace_end_before_validation_and_saving(tmp_path: P
 
     # The writer stands after the probe, which looks after every batch.
     probe = Probe()
-    trainer = _trainer([StaticSparse(0.3), probe, Writer()], max_epochs=1)
+    trainer = quiet_trainer([StaticSparse(0.3), probe, Writer()], max_epochs=1)
     trainer.fit(Looking(), Batches())
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     file = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]
@@ -489,7 +490,7 @@ def test_a_refused_checkpoint_says_what_differs_and_no_more(
     then: Any, now: Any, said: str, unsaid: str, tmp_path: Path
 ) -> None:
     fit(then(), max_epochs=1).trainer.save_checkpoint(tmp_path / "end.ckpt")
-    trainer = _trainer(now(), max_epochs=2)
+    trainer = quiet_trainer(now(), max_epochs=2)
     with pytest.raises(MisconfigurationException, match=said) as caught:
         trainer.fit(TinyModel(), Batches(), ckpt_path=tmp_path / "end.ckpt")
     assert "nothing was restored" in str(caught.value)
@@ -504,7 +505,7 @@ def test_a_refused_checkpoint_says_what_differs_and_no_more(
 @pytest.mark.filterwarnings("ignore:RigL makes no update")
 def test_a_refused_checkpoint_leaves_the_random_numbers_alone(tmp_path: Path) -> None:
     fit([RigL(0.3)], max_epochs=1).trainer.save_checkpoint(tmp_path / "end.ckpt")
-    trainer = _trainer([SET(0.3)], max_epochs=2)
+    trainer = quiet_trainer([SET(0.3)], max_epochs=2)
     torch.manual_seed(11)
     model, before = TinyModel(), torch.get_rng_state()
     with pytest.raises(MisconfigurationException, match="nothing was restored"):
@@ -573,7 +574,7 @@ def test_layers_are_recorded_once_however_they_are_called(forward: Any) -> None:
 def test_a_start_that_failed_is_forgotten() -> None:
     second = RigL(None, include="net.5", update_interval=2)
     probe = Probe()
-    trainer = _trainer([StaticSparse(0.3, include="net.7"), second, probe], max_epochs=1)
+    trainer = quiet_trainer([StaticSparse(0.3, include="net.7"), second, probe], max_epochs=1)
     module = TinyModel()
     with pytest.raises(ValueError, match="a density is needed"):
         trainer.fit(module, Batches())
@@ -588,7 +589,7 @@ def test_a_start_that_failed_is_forgotten() -> None:
 
 def test_another_model_in_the_same_trainer_begins_anew() -> None:
     probe = Probe()
-    trainer = _trainer([RigL(0.3, update_interval=2), probe], max_epochs=1)
+    trainer = quiet_trainer([RigL(0.3, update_interval=2), probe], max_epochs=1)
     trainer.fit(TinyModel(), Batches())
     assert len(probe.masks) == 3
     trainer.fit_loop.max_epochs = 2
@@ -604,15 +605,3 @@ def test_a_module_that_brings_its_callbacks() -> None:
     own, given = fit([], Own), fit([RigL(0.3, update_interval=4)])
     own.assert_equal(given)
     assert own.history == given.history
-
-
-def _trainer(callbacks: list[Any], **kwargs: Any) -> pl.Trainer:
-    return pl.Trainer(
-        callbacks=callbacks,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **kwargs,
-    )
