@@ -18,7 +18,7 @@ the one unit per layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar
@@ -269,6 +269,46 @@ class global_by:
             lifted |= short
 
 
+@dataclass(frozen=True)
+class in_proportion:
+    """Split a total in proportion to a measure of each layer; what overflows goes to others.
+
+    Made to split units that are to grow or to drop: a layer may get nothing.
+
+    Args:
+        measure: A number of at least 0 for a layer, such as its size. For growth the layers
+            have inverted masks: ``layer.live`` is the room they have.
+
+    Raises:
+        TypeError: If ``measure`` cannot be called.
+
+    Example:
+        >>> from lightning_sparsity.core.layer import dense_layers
+        >>> net = dense_layers({"fc1": (30, 10), "fc2": (10, 10)})
+        >>> in_proportion(lambda layer: layer.size)(net, 3)
+        [2, 1]
+    """
+
+    measure: Callable[[Layer], float]
+    needs_gradient: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not callable(self.measure):
+            raise TypeError(f"{self}: measure must be a function of a layer.")
+
+    def __repr__(self) -> str:
+        return f"in_proportion({call_of(self.measure)})"
+
+    def __call__(self, layers: Layers, total: int) -> list[int]:
+        """Units per layer."""
+        capacity = [layer.live for layer in layers]
+        check_total(total, [0] * len(layers), capacity)
+        ideal = fill([self.measure(layer) for layer in layers], capacity, total)
+        left = total - sum(ideal)  # the layers with a measure are full
+        ideal = [a + b for a, b in zip(ideal, _rest(ideal, capacity, left), strict=True)]
+        return apportion(ideal, capacity, total, floor=0)
+
+
 @without_gradient
 def lamp_score(layer: Layer) -> Tensor:
     r"""Layer-adaptive magnitude (Lee et al., 2021).
@@ -465,6 +505,11 @@ def _split(raw: Sequence[float], layers: Layers, total: int) -> list[int]:
     """Split ``total`` over the live units in proportion to ``raw``."""
     capacity = [layer.live for layer in layers]
     return apportion(fill(raw, capacity, total), capacity, total)
+
+
+def _rest(taken: Sequence[float], capacity: Sequence[int], total: float) -> list[float]:
+    room = [most - count for most, count in zip(capacity, taken, strict=True)]
+    return fill(room, [math.ceil(value) for value in room], total)
 
 
 def _around(

@@ -26,7 +26,7 @@ from lightning_sparsity.core.layer import (
     call_of,
 )
 from lightning_sparsity.ops.selection import NonFiniteScoreError, sample, top_k, top_n_per_group
-from lightning_sparsity.scores import needs_gradient, random, without_gradient
+from lightning_sparsity.scores import needs_gradient, random
 from lightning_sparsity.structures import NM
 
 
@@ -114,7 +114,8 @@ class drop:
 class grow:
     """Bring the best free units of each layer to life, up to the budget.
 
-    Grown weights start at zero unless ``start`` gives them a value.
+    Grown weights start at zero unless ``start`` gives them a value. Units that are barred
+    (:class:`barring`) grow only where all others of their layer have.
 
     Args:
         score: Ranks the free units; the highest grow.
@@ -150,8 +151,11 @@ class grow:
         """
         room = [max(n - layer.live, 0) for layer, n in zip(layers, budget, strict=True)]
         if self.share is not None and any(room):
-            free = [dataclasses.replace(layer, mask=~layer.mask) for layer in layers]
-            room = self.share(free, sum(budget) - sum(layer.live for layer in layers))
+            missing = sum(budget) - sum(layer.live for layer in layers)
+            free = [dataclasses.replace(layer, mask=layer.free) for layer in layers]
+            if missing > sum(layer.live for layer in free):
+                free = [dataclasses.replace(layer, mask=~layer.mask) for layer in layers]
+            room = self.share(free, missing)
         grown: Layers = [
             self._grow_in_groups(layer, layer.structure, count)
             if isinstance(layer.structure, NM)
@@ -165,14 +169,25 @@ class grow:
     def _grow(self, layer: Layer, count: int) -> Layer:
         if count == 0:
             return layer
-        return layer.with_units(layer.units | _choose(self.score, layer, count, ~layer.units))
+        units = layer.units
+        free = layer.structure.live(layer.free, layer.layout)
+        few = min(count, int(free.count_nonzero()))
+        units = units | _choose(self.score, layer, few, free)
+        if few < count:
+            units = units | _choose(self.score, layer, count - few, ~units)
+        return layer.with_units(units)
 
     def _grow_in_groups(self, layer: Layer, pattern: NM, count: int) -> Layer:
         groups = pattern.group(layer.mask, layer.layout)
         live = (layer.live + count) // len(groups)
         room = (live - groups.count_nonzero(dim=1)).clamp(min=0)
-        chosen = _choose_in_groups(self.score, layer, pattern, room, ~groups)
-        return dataclasses.replace(layer, mask=layer.mask | chosen)
+        free = pattern.group(layer.free, layer.layout)
+        few = room.minimum(free.count_nonzero(dim=1))
+        mask = layer.mask | _choose_in_groups(self.score, layer, pattern, few, free)
+        if (few < room).any():
+            rest = ~pattern.group(mask, layer.layout)
+            mask = mask | _choose_in_groups(self.score, layer, pattern, room - few, rest)
+        return dataclasses.replace(layer, mask=mask)
 
     def _fill(self, old: Layer, new: Layer) -> Layer:
         draw = torch.randn(new.shape, generator=new.generator).to(new.weight) * self.start
@@ -225,52 +240,62 @@ class chain:
         return layers
 
 
-@without_gradient
-def rescale_to_fan_in(layers: Layers, budget: Budget, progress: float) -> Layers:
-    r"""Scale each output unit's weights by :math:`1/\sqrt{d}`, d its live share of inputs.
+class exchange(chain):
+    """A chain whose budget is what lives as it begins: drop units and grow as many.
 
-    Any dense initialisation whose variance is ``c / fan_in`` then has ``c / live fan_in``
-    at every neuron: the sparse network starts with the signal strength of the dense one.
-    """
-    return [
-        dataclasses.replace(
-            layer, weight=layer.weight * _per_output(layer, lambda n, live: (n / live) ** 0.5)
-        )
-        for layer in layers
-    ]
-
-
-@without_gradient
-def sparse_kaiming_normal(layers: Layers, budget: Budget, progress: float) -> Layers:
-    r"""Draw live weights anew from :math:`N(0, 2 / \text{live fan-in})`, neuron by neuron.
-
-    Gradient Flow in Sparse Neural Networks (Evci et al., 2022, Sec. 3.1).
+    Args:
+        *rules: The rules, first to last; the last grow what the first dropped.
     """
 
-    def draw(layer: Layer) -> Tensor:
-        values = torch.randn(layer.shape, generator=layer.generator).to(layer.weight)
-        return values * _per_output(layer, lambda _, live: (2 / live) ** 0.5)
+    def __repr__(self) -> str:
+        return f"exchange({', '.join(map(call_of, self.rules))})"
 
-    return [dataclasses.replace(layer, weight=draw(layer)) for layer in layers]
+    def __call__(self, layers: Layers, budget: Budget, progress: float) -> Layers:
+        """Apply the rules; ``budget`` is not used."""
+        return super().__call__(layers, [layer.live for layer in layers], progress)
+
+
+@dataclass(frozen=True)
+class barring:
+    """Apply a rule and bar what it dropped from growing in the same update.
+
+    Args:
+        rule: Drops units, such as ``drop(magnitude, fraction=0.3)``.
+    """
+
+    rule: Rule
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the rule reads gradients."""
+        return needs_gradient(self.rule)
+
+    def __call__(self, layers: Layers, budget: Budget, progress: float) -> Layers:
+        """Apply the rule."""
+        after = self.rule(layers, budget, progress)
+        return [
+            dataclasses.replace(new, barred=_either(new.barred, old.mask & ~new.mask))
+            for old, new in zip(layers, after, strict=True)
+        ]
 
 
 def find(rule: Rule | None, kind: type[drop]) -> Sequence[drop]:
     """All rules of a ``kind`` in a chain, in order."""
+    if isinstance(rule, barring):
+        return find(rule.rule, kind)
     if isinstance(rule, chain):
         return [part for inner in rule.rules for part in find(inner, kind)]
     return [rule] if isinstance(rule, kind) else []
 
 
-def _per_output(layer: Layer, scale: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """``scale(inputs, live inputs)`` of every output unit, in the weight's shape."""
-    view = layer.layout.canonical(layer.mask)
-    live = view.sum((2, 3), keepdim=True).clamp(min=1).to(layer.weight.dtype)
-    total = view.shape[2] * view.shape[3]
-    return layer.layout.restore(scale(total, live).expand(view.shape), layer.shape)
+def _either(barred: Tensor | None, more: Tensor) -> Tensor:
+    return more if barred is None else barred | more
 
 
 def _choose(score: Score, layer: Layer, count: int, candidates: Tensor) -> Tensor:
     """The ``count`` best of the candidate units, ``(size,)`` bool."""
+    if count == 0:
+        return torch.zeros_like(candidates)
     if score is random:
         assert layer.generator is not None
         return sample(candidates, count, layer.generator)

@@ -6,6 +6,7 @@ them up over a unit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -13,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_sparsity.core.layer import Layer
+from lightning_sparsity.core.layer import Layer, Score
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -85,13 +86,12 @@ class slot:
         return layer.slots[self.name].abs()
 
 
-momentum = slot("momentum")
-"""Absolute mean of dense gradients, gathered by ``observe=average_gradient(beta)``."""
-
-
 @dataclass(frozen=True)
-class average_gradient:
-    """An ``observe=`` that keeps the running mean of dense gradients in the slot "momentum".
+class momentum:
+    r"""Running mean of dense gradients, :math:`|m|`, :math:`m \leftarrow \beta m + (1-\beta) g`.
+
+    A callback that ranks by it gathers it: ``observe=momentum(0.9).observe``. It is SGD's
+    momentum up to a factor, whatever the optimizer, and one dense tensor per layer.
 
     Args:
         beta: Share of the old mean that stays at every step, in [0, 1).
@@ -100,18 +100,98 @@ class average_gradient:
         ValueError: If ``beta`` lies outside [0, 1).
     """
 
-    beta: float
+    beta: float = 0.9
+    needs_gradient: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.beta < 1:
             raise ValueError(f"{self}: beta must lie in [0, 1); 0.9 is usual.")
 
-    def __call__(self, layer: Layer) -> Mapping[str, Tensor]:
-        """The new mean, by slot name; one dense tensor per layer."""
-        grad = _grad(layer, "average_gradient")
+    def __call__(self, layer: Layer) -> Tensor:
+        """Score of ``layer``.
+
+        Raises:
+            KeyError: If nothing was gathered yet.
+        """
+        return slot("momentum")(layer)
+
+    def observe(self, layer: Layer) -> Mapping[str, Tensor]:
+        """The new mean, in the slot "momentum"."""
+        grad = _grad(layer, "momentum")
         mean = layer.slots.get("momentum")
         mean = torch.zeros_like(grad) if mean is None else mean
         return {"momentum": mean.lerp(grad, 1 - self.beta)}
+
+
+@dataclass(frozen=True)
+class drawn_by:
+    r"""Makes the choice a draw: without replacement, with chances in proportion to a score.
+
+    The ``k`` largest of :math:`s_i^p / E_i`, with :math:`E_i` standard exponential, are a
+    weighted sample without replacement (Efraimidis and Spirakis, 2006). Weights with score
+    0 are chosen only when no others are left.
+
+    Args:
+        score: The chances, up to a factor.
+        power: :math:`p`, at least 0; 0 draws uniformly, a large one takes the best.
+
+    Raises:
+        TypeError: If ``score`` cannot be called.
+        ValueError: If ``power`` is not a finite number of at least 0.
+    """
+
+    score: Score
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not callable(self.score):
+            raise TypeError(f"{self}: score must be a function of a layer, such as magnitude.")
+        if not 0 <= self.power < math.inf:
+            raise ValueError(f"{self}: power must be a finite number >= 0.")
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the score reads gradients."""
+        return needs_gradient(self.score)
+
+    def __call__(self, layer: Layer) -> Tensor:
+        """Score of ``layer``: a draw from its generator; float64, shape of the weight."""
+        chance = self.score(layer).double()
+        largest = chance.max().clamp(min=torch.finfo(torch.float64).tiny)
+        wait = torch.empty(layer.shape, dtype=torch.float64)
+        wait.exponential_(generator=layer.generator)
+        return (chance / largest) ** self.power / wait.to(chance.device).clamp(min=1e-300)
+
+
+@dataclass(frozen=True)
+class nearby:
+    r"""Links between units at nearby places of their layers: :math:`e^{-d / \lambda}`.
+
+    A unit's place is its number over the width of its layer, in (0, 1), and :math:`d` the
+    distance between the places of the two units that the weight joins (locality growth;
+    Ström, 1997). ``grow(drawn_by(nearby(0.1)))`` draws new links with these chances.
+
+    Args:
+        length: :math:`\lambda`, above 0, as a share of the layer's width.
+
+    Raises:
+        ValueError: If ``length`` is not above 0.
+    """
+
+    length: float = 0.1
+    needs_gradient: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.length < math.inf:
+            raise ValueError(f"{self}: length must be a finite number above 0, such as 0.1.")
+
+    def __call__(self, layer: Layer) -> Tensor:
+        """Score of ``layer``, float64, shape of the weight."""
+        groups, outputs, inputs, kernel = layer.layout.canonical(layer.mask).shape
+        place = [(torch.arange(n, dtype=torch.float64) + 0.5) / n for n in (outputs, inputs)]
+        near = torch.exp(-(place[0][:, None] - place[1]).abs() / self.length)
+        view = near[None, :, :, None].expand(groups, outputs, inputs, kernel)
+        return layer.layout.restore(view, layer.shape).to(layer.weight.device)
 
 
 def _grad(layer: Layer, score: str) -> Tensor:

@@ -246,6 +246,18 @@ class MaskCallback(SparsityCallback):
         if not (0 <= float(value) <= 1) or (low_open and value == 0):
             raise ValueError(message)
 
+    def _check_fraction(self, name: str, value: object) -> None:
+        """Raise unless ``value`` is a number in [0, 1] or a schedule of such numbers."""
+        if not callable(value) or isinstance(value, type):
+            self._check(name, value)
+            return
+        for progress in (0.0, 0.5, 1.0):
+            if not 0 <= value(progress) <= 1:
+                raise ValueError(
+                    f"{self._name}({name}={call_of(value)}): is {value(progress)} at progress "
+                    f"{progress}; {name} must lie in [0, 1]."
+                )
+
     def _check_types(self, structure: Structure | None, seed: int | None) -> None:
         if structure is not None and not isinstance(structure, Structure):
             raise TypeError(
@@ -257,7 +269,7 @@ class MaskCallback(SparsityCallback):
 
     def _check_callable(self, name: str, value: object, example: str) -> None:
         """Raise unless ``value`` is a function or None."""
-        if value is not None and not callable(value):
+        if value is not None and (not callable(value) or isinstance(value, type)):
             raise TypeError(
                 f"{self._name}({name}={value!r}): must be a function, such as {example}."
             )

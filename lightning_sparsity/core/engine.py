@@ -202,11 +202,13 @@ class Engine:
 
     def _layers(self, run: Run) -> Layers:
         seed = self.seed if run.method.seed is None else run.method.seed
+        rates = run.owner.learning_rates()
         return [
             self.masks[name].layer(
                 grad=run.owner.kept.get(name),
                 generator=generator(seed, run.key, name, run.updates),
                 statistics=run.owner.capture.of(name) if run.owner.capture else None,
+                lr=rates.get(id(self.masks[name].parameter)),
             )
             for name in run.names
         ]

@@ -29,6 +29,10 @@ class Layer:
         structure: What one unit is.
         layout: Where outputs and inputs lie.
         generator: CPU generator of this layer and update, the same on every rank.
+        bias: The bias of the layer's output units, detached, if it has one.
+        lr: Learning rate of the optimizer step that was just made, if there is one.
+        barred: Same shape as the mask, True = may not come to life in this update as long
+            as there is room elsewhere; None: nothing is.
     """
 
     name: str
@@ -40,6 +44,9 @@ class Layer:
     structure: Structure = field(default_factory=Unstructured)
     layout: Layout = field(default_factory=Layout)
     generator: torch.Generator | None = None
+    bias: Tensor | None = None
+    lr: float | None = None
+    barred: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,6 +67,11 @@ class Layer:
     def live(self) -> int:
         """Number of live units."""
         return int(self.units.count_nonzero())
+
+    @property
+    def free(self) -> Tensor:
+        """Weights that may come to life: bool, shape of the weight."""
+        return ~self.mask if self.barred is None else ~(self.mask | self.barred)
 
     def reduce(self, score: Tensor) -> Tensor:
         """Sum a per-weight score over each unit: ``(size,)``."""

@@ -57,7 +57,7 @@ class Masks:
 
     @torch.no_grad()
     def commit(self, layers: Layers, optimizers: Sequence[Optimizer] = ()) -> None:
-        """Write the masks and weights of ``layers`` to the model.
+        """Write the masks, weights, biases and slots of ``layers`` to the model.
 
         Weights that died get zero, and so does their optimizer state and that of the
         weights that came alive; those that lived on keep both.
@@ -76,6 +76,11 @@ class Masks:
             kept.set_mask(layer.mask)
         if layer.weight.data_ptr() != kept.parameter.data_ptr():
             kept.parameter.copy_(layer.weight)
+        bias = kept.bias
+        if layer.bias is not None and bias is not None and layer.bias.data_ptr() != bias.data_ptr():
+            bias.copy_(layer.bias)
+        if layer.slots is not kept.slots:
+            kept.slots = dict(layer.slots)
         # State off the old mask is zero already, so the new mask clears all but survivors.
         state = [t for o in optimizers for t in optimizer_state(kept, o)] if changed else []
         if not kept.is_dense:

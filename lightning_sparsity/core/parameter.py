@@ -51,6 +51,13 @@ class SparseParameter:
         return self.parameter.detach()
 
     @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias of the layer's output units, if it has one."""
+        found = getattr(self.module, "bias", None)
+        mine = getattr(self.module, "weight", None) is self.parameter
+        return found if mine and isinstance(found, nn.Parameter) else None
+
+    @property
     def numel(self) -> int:
         """Number of weights, live or not."""
         return self.parameter.numel()
@@ -99,6 +106,7 @@ class SparseParameter:
         grad: Tensor | None,
         generator: torch.Generator,
         statistics: Mapping[str, tuple[Tensor, ...]] | None = None,
+        lr: float | None = None,
     ) -> Layer:
         """The frozen view that rules work on."""
         return Layer(
@@ -111,6 +119,8 @@ class SparseParameter:
             structure=self.structure,
             layout=self.layout,
             generator=generator,
+            bias=None if self.bias is None else self.bias.detach(),
+            lr=lr,
         )
 
     def __repr__(self) -> str:

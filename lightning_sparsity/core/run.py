@@ -66,6 +66,11 @@ class Owner:
             self.capture.close()
             self.capture = None
 
+    def learning_rates(self) -> dict[int, float]:
+        """The learning rate of every parameter that the optimizer steps, by its ``id``."""
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        return {id(p): float(group["lr"]) for group in groups for p in group["params"]}
+
     def stepped(self) -> bool:
         """Whether a step of the optimizer that just ended changed the weights."""
         found_inf = getattr(self.optimizer, "found_inf", None)

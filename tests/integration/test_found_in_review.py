@@ -28,7 +28,7 @@ from lightning_sparsity import (
     linear,
 )
 from lightning_sparsity.rules import chain, drop, grow
-from lightning_sparsity.scores import average_gradient, gradient, magnitude, momentum, random
+from lightning_sparsity.scores import gradient, magnitude, momentum, random
 from lightning_sparsity.testing import Batch, Batches, ManualModel, Result, TinyModel, fit
 
 NUMEL = 2184
@@ -104,8 +104,8 @@ class ByMomentum(MaskCallback):
             density=0.3,
             default_distribution=erk,
             initial=drop(random),
-            update=chain(drop(magnitude, fraction=0.3), grow(momentum)),
-            observe=average_gradient(0.9),
+            update=chain(drop(magnitude, fraction=0.3), grow(momentum(0.9))),
+            observe=momentum(0.9).observe,
             update_interval=4,
             update_end=update_end,
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_sparsity import MaskCallback, erk
 from lightning_sparsity.core.layer import Layer
 from lightning_sparsity.rules import chain, drop, grow
-from lightning_sparsity.scores import average_gradient, magnitude, momentum, random
+from lightning_sparsity.scores import magnitude, momentum, random
 from lightning_sparsity.testing import TinyModel, fit
 
 
@@ -28,8 +28,8 @@ class GrowByMomentum(MaskCallback):
             density=density,
             default_distribution=erk,
             initial=drop(random),
-            update=chain(drop(magnitude, fraction=0.3), grow(momentum)),
-            observe=average_gradient(0.9),
+            update=chain(drop(magnitude, fraction=0.3), grow(momentum(0.9))),
+            observe=momentum(0.9).observe,
             update_interval=4,
             update_end=0.75,
         )
@@ -85,7 +85,7 @@ def test_slots_follow_observation_and_resume(tmp_path: Path) -> None:
 def test_a_missing_slot_says_who_fills_it() -> None:
     layer = Layer("w", torch.ones(2, 2), torch.ones(2, 2, dtype=torch.bool))
     with pytest.raises(KeyError, match=r"slot\(name='momentum'\).*w has no slot.*observe="):
-        momentum(layer)
+        momentum(0.9)(layer)
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

@@ -17,12 +17,11 @@ from lightning_sparsity.rules import (
     drop,
     find,
     grow,
-    rescale_to_fan_in,
     rewind,
-    sparse_kaiming_normal,
 )
 from lightning_sparsity.schedules import constant, cosine, linear
 from lightning_sparsity.scores import gradient, magnitude, needs_gradient, random, slot
+from lightning_sparsity.starts import rescale_to_fan_in, sparse_kaiming_normal
 from lightning_sparsity.structures import NM, Block, Columns, Layout, Rows
 
 

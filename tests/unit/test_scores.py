@@ -33,12 +33,14 @@ def test_formulas(layer):
     assert magnitude(layer).tolist() == [[1, 2, 0], [0.5, 3, 4]]
     assert gradient(layer).tolist() == [[1, 0.5, 7], [2, 0, 0.25]]
     assert saliency(layer).tolist() == [[1, 1, 0], [1, 0, 1]]
-    assert momentum(layer).tolist() == [[1, 0.5, 7], [2, 0, 0.25]]
+    assert momentum()(layer).tolist() == [[1, 0.5, 7], [2, 0, 0.25]]
     assert slot("fisher")(layer).tolist() == [[1, 0.25, 49], [4, 0, 0.0625]]
 
 
 @pytest.mark.parametrize(
-    "score", [magnitude, gradient, saliency, random, momentum], ids=["w", "g", "wg", "random", "m"]
+    "score",
+    [magnitude, gradient, saliency, random, momentum()],
+    ids=["w", "g", "wg", "random", "m"],
 )
 def test_scores_have_the_shape_of_the_weight_and_change_nothing(layer, score):
     before = [t.clone() for t in (layer.weight, layer.grad, layer.slots["momentum"])]
@@ -74,7 +76,7 @@ def test_a_slot_that_nobody_filled(layer):
 def test_what_the_engine_asks():
     assert not needs_gradient(magnitude)
     assert not needs_gradient(random)
-    assert not needs_gradient(momentum)
+    assert not needs_gradient(momentum())
     assert not needs_gradient(slot("fisher"))
     assert needs_gradient(gradient)
     assert needs_gradient(saliency)
@@ -83,5 +85,5 @@ def test_what_the_engine_asks():
 
 
 def test_slots_pickle_and_compare():
-    assert pickle.loads(pickle.dumps(slot("fisher"))) == slot("fisher") != momentum
-    assert repr(momentum) == "slot(name='momentum')"
+    assert pickle.loads(pickle.dumps(slot("fisher"))) == slot("fisher") != slot("momentum")
+    assert repr(momentum()) == "momentum(beta=0.9)"

@@ -7,7 +7,7 @@ from typing import Literal
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
-from lightning_sparsity.core.layer import Distribution, Rule
+from lightning_sparsity.core.layer import Curve, Distribution, Rule, Score
 from lightning_sparsity.distributions import erk
 from lightning_sparsity.rules import chain, drop, grow
 from lightning_sparsity.schedules import cosine
@@ -32,7 +32,10 @@ class RigL(MaskCallback):
             earlier callback made the masks.
         distribution: How ``density`` is split over layers, or densities by name pattern;
             default ERK.
-        drop_fraction: :math:`\alpha`, in [0, 1].
+        drop_fraction: :math:`\alpha`, in [0, 1], falling as a cosine to 0 at ``update_end``;
+            or a schedule, such as ``cosine(0.5, 0.005)``.
+        growth: What grows: ``gradient`` (default), ``random``, ``momentum(0.9)``,
+            ``drawn_by(nearby(0.1))`` or any other score.
         update_interval: :math:`\Delta T`, in optimizer steps, or "epoch".
         update_start: First step (int) or fraction of training (float).
         update_end: :math:`T_{end}`, a step (int) or a fraction of training (float).
@@ -58,7 +61,8 @@ class RigL(MaskCallback):
         density: float | None = None,
         *,
         distribution: Mapping[str, float] | Distribution | None = None,
-        drop_fraction: float = 0.3,
+        drop_fraction: float | Curve = 0.3,
+        growth: Score = gradient,
         update_interval: int | Literal["epoch"] = 100,
         update_start: int | float = 0,
         update_end: int | float = 0.75,
@@ -68,7 +72,9 @@ class RigL(MaskCallback):
         weight_init: Rule | None = None,
         seed: int | None = None,
     ) -> None:
-        self._check("drop_fraction", drop_fraction)
+        self._check_fraction("drop_fraction", drop_fraction)
+        self._check_callable("growth", growth, "gradient")
+        fraction = drop_fraction if callable(drop_fraction) else cosine(drop_fraction)
         self._check_callable("weight_init", weight_init, "rescale_to_fan_in")
         start = drop(random)
         super().__init__(
@@ -76,7 +82,8 @@ class RigL(MaskCallback):
             distribution=distribution,
             default_distribution=erk,
             initial=chain(start, weight_init) if weight_init else start,
-            update=chain(drop(magnitude, fraction=cosine(drop_fraction)), grow(gradient)),
+            update=chain(drop(magnitude, fraction), grow(growth)),
+            observe=getattr(growth, "observe", None),
             update_interval=update_interval,
             update_start=update_start,
             update_end=update_end,

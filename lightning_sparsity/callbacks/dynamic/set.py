@@ -10,7 +10,7 @@ from typing import Literal
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
-from lightning_sparsity.core.layer import Budget, Distribution, Layer, Layers, Rule
+from lightning_sparsity.core.layer import Budget, Curve, Distribution, Layer, Layers, Rule, Score
 from lightning_sparsity.core.method import Share
 from lightning_sparsity.distributions import er
 from lightning_sparsity.ops.selection import top_k
@@ -37,7 +37,9 @@ class SET(MaskCallback):
             earlier callback made the masks, or with ``distribution=epsilon(...)``.
         distribution: How ``density`` is split over layers, or densities by name pattern;
             default Erdős-Rényi.
-        drop_fraction: :math:`\zeta`, in [0, 1].
+        drop_fraction: :math:`\zeta`, in [0, 1], or a schedule such as ``cosine(0.5, 0.005)``.
+        growth: What grows: ``random`` (default), ``drawn_by(nearby(0.1))`` (links between
+            nearby units), ``momentum(0.9)`` or any other score.
         sign_split: Drop from positive and negative weights separately, as the paper does.
         new_weight_std: Standard deviation of the values of new weights, >= 0.
         update_interval: "epoch", or a number of optimizer steps.
@@ -65,7 +67,8 @@ class SET(MaskCallback):
         density: float | None = None,
         *,
         distribution: Mapping[str, float] | Distribution | None = None,
-        drop_fraction: float = 0.3,
+        drop_fraction: float | Curve = 0.3,
+        growth: Score = random,
         sign_split: bool = False,
         new_weight_std: float = 0.0,
         update_interval: int | Literal["epoch"] = "epoch",
@@ -77,7 +80,8 @@ class SET(MaskCallback):
         weight_init: Rule | None = None,
         seed: int | None = None,
     ) -> None:
-        self._check("drop_fraction", drop_fraction)
+        self._check_fraction("drop_fraction", drop_fraction)
+        self._check_callable("growth", growth, "random")
         self._check_std(new_weight_std)
         if not isinstance(sign_split, bool):
             raise TypeError(f"SET(sign_split={sign_split!r}): must be True or False.")
@@ -92,7 +96,8 @@ class SET(MaskCallback):
             distribution=distribution,
             default_distribution=er,
             initial=chain(start, weight_init) if weight_init else start,
-            update=chain(lose, grow(random, start=new_weight_std)),
+            update=chain(lose, grow(growth, start=new_weight_std)),
+            observe=getattr(growth, "observe", None),
             update_interval=update_interval,
             update_start=update_start,
             update_end=update_end,
@@ -131,19 +136,20 @@ class drop_by_sign:
         fraction: Of each sign's live weights, rounded down, in [0, 1].
     """
 
-    fraction: float
+    fraction: float | Curve
     needs_gradient = False
 
     def __call__(self, layers: Layers, budget: Budget, progress: float) -> Layers:
-        """Drop weights; ``budget`` and ``progress`` are not used."""
-        return [self._drop(layer) for layer in layers]
+        """Drop weights; ``budget`` is not used."""
+        fraction = self.fraction(progress) if callable(self.fraction) else self.fraction
+        return [self._drop(layer, fraction) for layer in layers]
 
-    def _drop(self, layer: Layer) -> Layer:
+    def _drop(self, layer: Layer, fraction: float) -> Layer:
         kept = layer.mask & (layer.weight == 0)
         for side in (layer.weight > 0, layer.weight < 0):
             live = layer.mask & side
             count = int(live.count_nonzero())
-            count -= int(round(self.fraction * count, 9))
+            count -= int(round(fraction * count, 9))
             kept |= top_k([magnitude(layer)], count, [live])[0]
         return dataclasses.replace(layer, mask=kept)
 
