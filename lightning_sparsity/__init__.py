@@ -9,12 +9,19 @@ Example::
 """
 
 from lightning_sparsity.callbacks.base import MaskCallback
+from lightning_sparsity.callbacks.dynamic.redr import (
+    RedrGradient,
+    RedrGradientGlobal,
+    RedrLoss,
+    RedrRandom,
+)
 from lightning_sparsity.callbacks.dynamic.rigl import RigL
 from lightning_sparsity.callbacks.dynamic.set import SET
 from lightning_sparsity.callbacks.gradual.gmp import GMP
 from lightning_sparsity.callbacks.gradual.magnitude import Magnitude
 from lightning_sparsity.callbacks.initial.static import StaticSparse
 from lightning_sparsity.core.filters import first_layer, last_layer, linear_and_conv
+from lightning_sparsity.core.window import epochs
 from lightning_sparsity.distributions import (
     epsilon,
     er,
@@ -54,6 +61,10 @@ __all__ = [
     "DensityMonitor",
     "Magnitude",
     "MaskCallback",
+    "RedrGradient",
+    "RedrGradientGlobal",
+    "RedrLoss",
+    "RedrRandom",
     "RigL",
     "Rows",
     "StaticSparse",
@@ -62,6 +73,7 @@ __all__ = [
     "cosine",
     "cubic",
     "cyclic",
+    "epochs",
     "epsilon",
     "er",
     "erk",

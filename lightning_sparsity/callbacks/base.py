@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -17,12 +17,12 @@ from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.keeper import MaskKeeper
 from lightning_sparsity.core.layer import Distribution, Layers, Ramp, Rule, call_of, errors_of
 from lightning_sparsity.core.method import Observe, Role, Share
-from lightning_sparsity.core.window import Window
+from lightning_sparsity.core.window import Interval, Window
 from lightning_sparsity.distributions import fixes_total, per_layer
 from lightning_sparsity.reports import allocation_table
 from lightning_sparsity.rules import chain, drop, find, grow
 from lightning_sparsity.scores import magnitude, needs_gradient, random
-from lightning_sparsity.structures import NM, Structure
+from lightning_sparsity.structures import NM, Structure, Unstructured
 
 _adapt = chain(drop(magnitude), grow(random))
 
@@ -47,7 +47,7 @@ class MaskCallback(SparsityCallback):
             earlier callback made the masks, or the distribution or structure fixes it.
         distribution: How ``density`` is split over layers, or densities by name pattern.
         default_distribution: The method's own, if no distribution is given.
-        update_interval: Optimizer steps between updates, or "epoch".
+        update_interval: Optimizer steps between updates, "epoch", or ``epochs(n)``.
         update_start: First step (int) or fraction of training (float).
         update_end: Last step (int) or fraction of training (float).
         include: Which parameters are sparse.
@@ -62,6 +62,8 @@ class MaskCallback(SparsityCallback):
         initial_density: Where the ramp starts when no earlier callback made masks.
         observe: Fills slots from the dense gradients before every step.
         statistics: "inputs" and "output_grads", where updates read ``layer.statistics``.
+        single_weights: Whether the method makes sense for single weights only, so that any
+            other structure is refused.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -76,7 +78,7 @@ class MaskCallback(SparsityCallback):
         default_distribution: Distribution,
         distribution: Mapping[str, float] | Distribution | None = None,
         update: Rule | None = None,
-        update_interval: int | Literal["epoch"] = 100,
+        update_interval: Interval = 100,
         update_start: int | float = 0,
         update_end: int | float = 1.0,
         include: Selection = linear_and_conv,
@@ -88,8 +90,12 @@ class MaskCallback(SparsityCallback):
         initial_density: float = 1.0,
         observe: Observe | None = None,
         statistics: Collection[Statistic] = (),
+        single_weights: bool = False,
     ) -> None:
         self._check_types(structure, seed)
+        self.single_weights = single_weights
+        if structure is not None:
+            self._check_units(structure, f"{self._name}(structure={structure!r})")
         if isinstance(structure, NM):
             density = self._check_pattern(density, structure)
             if distribution is not None:
@@ -164,8 +170,11 @@ class MaskCallback(SparsityCallback):
             layers: Every layer of the method.
 
         Raises:
-            ValueError: If the density is out of reach; says what is the largest sparsity.
+            ValueError: If the density is out of reach; says what is the largest sparsity. Or
+                if the method makes sense for single weights only.
         """
+        for layer in layers:
+            self._check_units(layer.structure, f"{self._name}: {layer.name} is cut otherwise")
         self._budget.check(layers)
 
     @property
@@ -266,6 +275,13 @@ class MaskCallback(SparsityCallback):
             )
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
             raise TypeError(f"{self._name}(seed={seed!r}): must be an int or None.")
+
+    def _check_units(self, structure: Structure, where: str) -> None:
+        if self.single_weights and structure != Unstructured():
+            raise ValueError(
+                f"{where}: {self._name} works on single weights only; leave out structure= "
+                f"(here {structure!r})."
+            )
 
     def _check_callable(self, name: str, value: object, example: str) -> None:
         """Raise unless ``value`` is a function or None."""

@@ -42,6 +42,7 @@ class Engine:
         runs: Every method at work, once per optimizer.
         seed: Of random choices.
         total: Optimizer steps in the whole training; infinite if unknown.
+        epochs: Epochs in the whole training; infinite if unknown.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Engine:
         self.runs: list[Run] = []
         self.seed = 0
         self.total = float("inf")
+        self.epochs = float("inf")
         self._assignments = assignments
         self._optimizers = optimizers
         self._hook = hook
@@ -111,11 +113,12 @@ class Engine:
 
     # ----------------------------------------------------------------------- beginning
 
-    def open_windows(self, total: float, strict: bool) -> None:
+    def open_windows(self, total: float, epochs: float, strict: bool) -> None:
         """Turn the windows of all methods into steps.
 
         Args:
             total: Optimizer steps in the whole training; not above 0 if unknown.
+            epochs: Epochs in the whole training; not above 0 if unknown.
             strict: Whether a window that ends before it starts is an error.
 
         Raises:
@@ -123,6 +126,7 @@ class Engine:
                 before it starts, or overlaps with another on the same parameter.
         """
         self.total = float(total) if total > 0 else float("inf")
+        self.epochs = float(epochs) if epochs > 0 else float("inf")
         windows = []
         for a in self._assignments:
             if a.method.rule is None:
@@ -180,7 +184,7 @@ class Engine:
 
     def _refuse_ramps_that_never_move(self) -> None:
         for run in self.runs:
-            if run.method.ramps and run.steps is not None and run.idle(self.total):
+            if run.method.ramps and run.steps is not None and run.idle(self.total, self.epochs):
                 raise MisconfigurationException(
                     f"{run.key}: its density of {run.method.density or 'the distribution'} would "
                     f"never be reached: the window is steps {run.steps.start} to {run.steps.end}, "
@@ -248,7 +252,7 @@ class Engine:
     def end_epoch(self, epoch: int) -> None:
         """An epoch whose last batch made no real step owes its update to the next step."""
         for run in self.runs:
-            if run.steps is not None and run.steps.every == "epoch":
+            if run.steps is not None and run.steps.counts(epoch):
                 inside = max(run.steps.start, 1) <= run.owner.steps < run.steps.end
                 run.pending |= inside and run.last_epoch != epoch
 
@@ -362,7 +366,7 @@ class Engine:
         """Say which methods will make no update, or a single one where many are meant."""
         for run in self.runs:
             steps = run.steps
-            if steps is not None and run.idle(self.total):
+            if steps is not None and run.idle(self.total, self.epochs):
                 self._warn(
                     f"{run.key} is idle",
                     f"{run.key} makes no update: training has {self.total:g} optimizer steps, "

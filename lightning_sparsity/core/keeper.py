@@ -96,7 +96,9 @@ class MaskKeeper(Callback):
         """Restore the masks, or make them, and set the weights to zero off them."""
         engine = self._running
         dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        engine.open_windows(trainer.estimated_stepping_batches, strict=not dev_run)
+        engine.open_windows(
+            trainer.estimated_stepping_batches, trainer.max_epochs or -1, strict=not dev_run
+        )
         if self._restored:
             engine.restore(self._restored)
             self._restored = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -144,8 +145,8 @@ class Run:
             return False
         if not self.method.ramps and step >= total:
             return False
-        last_of_epoch = ending is not None and ending != self.last_epoch
-        return self.pending or self.steps.due(step, last_of_epoch)
+        ends = ending is not None and ending != self.last_epoch and self.steps.counts(ending)
+        return self.pending or self.steps.due(step, ends)
 
     @property
     def observes(self) -> bool:
@@ -170,11 +171,11 @@ class Run:
             return False
         return self.method.ramps and self.owner.steps < self.steps.end
 
-    def idle(self, total: float) -> bool:
-        """Whether no update can come in a training of ``total`` steps."""
+    def idle(self, total: float, epochs: float = math.inf) -> bool:
+        """Whether no update can come in a training of so many steps and epochs."""
         if self.steps is None or self.owner.optimizer is None:
             return False
-        return not self.steps.opens(total) or self.owner.steps >= self.steps.end
+        return not self.steps.opens(total, epochs) or self.owner.steps >= self.steps.end
 
     def among(self, runs: Sequence[Run]) -> tuple[tuple[int, ...], int]:
         """Units of each run of the same method, and which of them this one is."""

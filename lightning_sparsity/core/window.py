@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Literal
+from typing import Literal, TypeGuard
 
 
 def resolve(time: int | float, total: float) -> int:
@@ -33,6 +33,38 @@ def is_time(value: object) -> bool:
 
 
 @dataclass(frozen=True)
+class epochs:
+    """An interval of whole epochs: the last step of every ``number``-th epoch of training.
+
+    ``epochs(1)`` is "epoch"; ``epochs(5)`` is due after epochs 5, 10 and so on, wherever a
+    window starts.
+
+    Args:
+        number: Epochs from one update to the next, at least 1.
+
+    Raises:
+        TypeError: If ``number`` is not an integer.
+        ValueError: If it is below 1.
+    """
+
+    number: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.number, bool) or not isinstance(self.number, Integral):
+            raise TypeError(f"epochs({self.number!r}): number must be an integer >= 1.")
+        if self.number < 1:
+            raise ValueError(f"epochs({self.number!r}): number must be at least 1.")
+        object.__setattr__(self, "number", int(self.number))  # numbers of NumPy are numbers too
+
+    def __str__(self) -> str:
+        return f"{self.number} epochs"
+
+
+Interval = int | Literal["epoch"] | epochs
+"""Time between updates: optimizer steps, "epoch", or ``epochs(n)``."""
+
+
+@dataclass(frozen=True)
 class Window:
     """When updates run. Steps are counted per optimizer, from 1.
 
@@ -41,7 +73,8 @@ class Window:
     (by a GradScaler, say) waits for the next.
 
     Args:
-        every: Interval in optimizer steps, or "epoch": the last step of each epoch.
+        every: Interval in optimizer steps, or "epoch": the last step of each epoch, or
+            ``epochs(n)``: of every n-th epoch, counted from the start of training.
         start: First step (int) or fraction of training (float).
         end: Last step (int) or fraction of training (float).
 
@@ -50,7 +83,7 @@ class Window:
             ``end`` is the int 1, or ``end`` comes before ``start``.
     """
 
-    every: int | Literal["epoch"] = 100
+    every: Interval = 100
     start: int | float = 0
     end: int | float = 1.0
 
@@ -60,12 +93,12 @@ class Window:
             if isinstance(value, Real) and not isinstance(value, int | float):
                 plain = int(value) if isinstance(value, Integral) else float(value)
                 object.__setattr__(self, name, plain)
-        if self.every != "epoch" and (
+        if not (self.every == "epoch" or isinstance(self.every, epochs)) and (
             isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1
         ):
             raise ValueError(
-                f"update_interval={self.every!r} must be a positive number of optimizer steps "
-                'or "epoch".'
+                f"update_interval={self.every!r} must be a positive number of optimizer steps, "
+                '"epoch", or epochs(n).'
             )
         for name in ("start", "end"):
             value = getattr(self, name)
@@ -102,33 +135,56 @@ class Steps:
     """A :class:`Window` in optimizer steps, counted from 1.
 
     Args:
-        every: Interval in steps, or "epoch".
+        every: Interval in steps or epochs.
         start: First step.
         end: Last step.
         arrives: Whether an update is due at ``end`` in any case.
     """
 
-    every: int | Literal["epoch"]
+    every: Interval
     start: int
     end: int
     arrives: bool = False
 
+    @property
+    def epochs(self) -> int | None:
+        """The interval in epochs; None if it is in steps."""
+        if isinstance(self.every, epochs):
+            return self.every.number
+        return 1 if self.every == "epoch" else None
+
+    def counts(self, epoch: int) -> bool:
+        """Whether the interval is one of epochs and ends with ``epoch``, counted from 0."""
+        return self.epochs is not None and (epoch + 1) % self.epochs == 0
+
     def due(self, step: int, last_of_epoch: bool = False) -> bool:
-        """Whether an update follows optimizer step ``step``."""
+        """Whether an update follows optimizer step ``step``.
+
+        Args:
+            step: Counted from 1.
+            last_of_epoch: Whether it is the last of an epoch that counts.
+        """
         if not max(self.start, 1) <= step <= self.end:
             return False
         if self.arrives and step == self.end:
             return True
-        return last_of_epoch if self.every == "epoch" else (step - self.start) % self.every == 0
+        return (step - self.start) % self.every == 0 if _in_steps(self.every) else last_of_epoch
 
     @property
     def jumps(self) -> bool:
         """Whether an interval in steps is so long that only the end is due."""
-        return self.every != "epoch" and self.every > self.end - self.start > 0
+        return _in_steps(self.every) and self.every > self.end - self.start > 0
 
-    def opens(self, total: float) -> bool:
-        """Whether a training of ``total`` steps may reach a step that is due."""
-        first = max(self.start, 1) if self.every == "epoch" else self.start or self.every
+    def opens(self, total: float, epochs: float = math.inf) -> bool:
+        """Whether a training may reach a step that is due.
+
+        Args:
+            total: Its optimizer steps.
+            epochs: Its epochs.
+        """
+        first: float = self.start or self.every if _in_steps(self.every) else max(self.start, 1)
+        if self.epochs is not None and self.epochs > epochs:
+            first = math.inf
         if self.arrives and max(self.start, 1) <= self.end:
             first = min(first, self.end)
         return first <= min(self.end, total)
@@ -140,3 +196,7 @@ class Steps:
         if step <= self.start:
             return 0.0
         return (step - self.start) / (self.end - self.start)
+
+
+def _in_steps(every: Interval) -> TypeGuard[int]:
+    return isinstance(every, int)

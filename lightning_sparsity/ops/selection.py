@@ -195,6 +195,65 @@ def sample(candidates: Tensor, k: int, generator: torch.Generator) -> Tensor:
     return mask.view(candidates.shape)
 
 
+class Best:
+    """The ``k`` largest of the scores that are shown to it, tensor after tensor.
+
+    Between two calls it keeps at most ``k`` values and where they came from. Ties go to the
+    earlier tensor and the lower flat index, so that the outcome is that of :func:`top_k`.
+
+    Args:
+        k: How many to keep, at least 0.
+
+    Example:
+        >>> best = Best(2)
+        >>> best.add(torch.tensor([1.0, 5.0]))
+        >>> best.add(torch.tensor([3.0, 0.0]))
+        >>> best.masks([torch.zeros(2), torch.zeros(2)])
+        [tensor([False,  True]), tensor([ True, False])]
+    """
+
+    def __init__(self, k: int) -> None:
+        self._k = k
+        self._values = torch.empty(0, dtype=torch.float64)
+        self._places = torch.empty(0, dtype=torch.int64)
+        self._sources = torch.empty(0, dtype=torch.int64)
+        self._seen = 0
+
+    def add(self, scores: Tensor, candidates: Tensor | None = None) -> None:
+        """Show it one tensor.
+
+        Args:
+            scores: Floating point, any shape.
+            candidates: Bool tensor of the same shape, True = may be chosen. None: all.
+
+        Raises:
+            NonFiniteScoreError: If a candidate's score is NaN or infinite.
+        """
+        there = scores.numel() if candidates is None else int(candidates.count_nonzero())
+        allowed = None if candidates is None else [candidates]
+        (mask,) = top_k([scores], min(self._k, there), allowed)
+        places = mask.reshape(-1).nonzero().squeeze(1)
+        values = torch.cat([self._values, scores.reshape(-1)[places].double().cpu()])
+        self._places = torch.cat([self._places, places.cpu()])
+        self._sources = torch.cat([self._sources, torch.full((len(places),), self._seen)])
+        (kept,) = top_k([values], min(self._k, len(values)))
+        self._values, self._places = values[kept], self._places[kept]
+        self._sources = self._sources[kept]
+        self._seen += 1
+
+    def masks(self, like: Sequence[Tensor]) -> list[Tensor]:
+        """Which scores were kept: one bool tensor for each tensor shown, shaped ``like`` them.
+
+        Raises:
+            ValueError: If fewer than ``k`` candidates were shown.
+        """
+        _check_k(self._k, len(self._values))
+        masks = [torch.zeros(t.shape, dtype=torch.bool, device=t.device) for t in like]
+        for source, mask in enumerate(masks):
+            mask.view(-1)[self._places[self._sources == source].to(mask.device)] = True
+        return masks
+
+
 class _Pool:
     """The candidates of several score tensors, read as one long vector in chunks."""
 

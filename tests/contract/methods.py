@@ -8,7 +8,18 @@ from collections.abc import Callable
 from lightning.pytorch.callbacks import Callback
 
 import lightning_sparsity
-from lightning_sparsity import GMP, SET, Magnitude, MaskCallback, RigL, StaticSparse
+from lightning_sparsity import (
+    GMP,
+    SET,
+    Magnitude,
+    MaskCallback,
+    RedrGradient,
+    RedrGradientGlobal,
+    RedrLoss,
+    RedrRandom,
+    RigL,
+    StaticSparse,
+)
 
 Make = Callable[..., MaskCallback]
 
@@ -18,9 +29,15 @@ METHODS: dict[str, Make] = {
     "SET": lambda density=0.3, **kw: SET(density, **kw),
     "RigL": lambda density=0.3, **kw: RigL(density, **{"update_interval": 4, **kw}),
     "GMP": lambda density=0.3, **kw: GMP(density, **{"update_interval": 4, **kw}),
+    "RedrRandom": lambda density=0.3, **kw: RedrRandom(density, **kw),
+    "RedrGradient": lambda density=0.3, **kw: RedrGradient(density, **kw),
+    "RedrGradientGlobal": lambda density=0.3, **kw: RedrGradientGlobal(density, **kw),
+    "RedrLoss": lambda density=0.3, **kw: RedrLoss(density, **kw),
     "Magnitude": lambda density=0.3, **kw: Magnitude(density, **{"at": 0.5, **kw}),
 }
 UPDATERS = [name for name in METHODS if name != "StaticSparse"]
+MOVE_BETWEEN_LAYERS = ["RedrGradientGlobal"]  # only the total stays the same
+SINGLE_WEIGHTS = [name for name, make in METHODS.items() if make().single_weights]
 FULL_MATRIX = ["RigL", "SET", "GMP"]
 
 

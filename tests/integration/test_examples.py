@@ -21,6 +21,7 @@ from lightning_sparsity import (
     RigL,
     Rows,
     cubic,
+    epochs,
     erk_power,
     last_layer,
     linear,
@@ -199,6 +200,16 @@ def from_config(
         ({"density": 0.5, "update_end": 0.75}, RigL(density=0.5, update_end=0.75)),
         ({"update_start": 10, "update_end": 200}, RigL(0.1, update_start=10, update_end=200)),
         ({"update_interval": "epoch"}, RigL(0.1, update_interval="epoch")),
+        ({"update_interval": {"number": 5}}, RigL(0.1, update_interval=epochs(5))),
+        (
+            {
+                "update_interval": {
+                    "class_path": "lightning_sparsity.epochs",
+                    "init_args": {"number": 5},
+                }
+            },
+            RigL(0.1, update_interval=epochs(5)),
+        ),
         ({"distribution": "lightning_sparsity.uniform"}, RigL(0.1, distribution=uniform)),
         (
             {

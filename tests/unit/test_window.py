@@ -4,8 +4,10 @@ import dataclasses
 import math
 import pickle
 
+import numpy as np
 import pytest
 
+from lightning_sparsity import epochs
 from lightning_sparsity.core.window import Steps, Window, is_time, resolve
 
 
@@ -36,15 +38,35 @@ def test_due_steps(steps, expected):
 
 
 def test_epochs_are_due_at_their_last_step():
-    last = {8, 16, 24, 32}
+    assert due_by_epoch(Steps("epoch", 5, 30)) == [8, 16, 24]
+    assert due_by_epoch(Steps("epoch", 5, 30, arrives=True)) == [8, 16, 24, 30]
+    assert due_by_epoch(Steps("epoch", 9, 24)) == [16, 24]
+    assert due_by_epoch(Steps("epoch", 9, 24, arrives=True)) == [16, 24]
 
-    def epochs(steps):
-        return [step for step in range(40) if steps.due(step, step in last)]
 
-    assert epochs(Steps("epoch", 5, 30)) == [8, 16, 24]
-    assert epochs(Steps("epoch", 5, 30, arrives=True)) == [8, 16, 24, 30]
-    assert epochs(Steps("epoch", 9, 24)) == [16, 24]
-    assert epochs(Steps("epoch", 9, 24, arrives=True)) == [16, 24]
+def test_every_nth_epoch_is_counted_from_the_start_of_training():
+    assert due_by_epoch(Steps(epochs(2), 0, 40)) == [16, 32]
+    assert due_by_epoch(Steps(epochs(2), 9, 31)) == [16]
+    assert due_by_epoch(Steps(epochs(2), 17, 40)) == [32]
+    assert due_by_epoch(Steps(epochs(3), 0, 40)) == [24]
+    assert due_by_epoch(Steps(epochs(3), 0, 30, arrives=True)) == [24, 30]
+    assert due_by_epoch(Steps(epochs(5), 0, 39)) == []
+    for start, end in ((5, 30), (9, 24)):
+        assert due_by_epoch(Steps(epochs(1), start, end)) == due_by_epoch(
+            Steps("epoch", start, end)
+        )
+
+
+def due_by_epoch(steps):
+    """Due steps of a training whose epochs have 8 steps."""
+    return [
+        step for step in range(41) if steps.due(step, step % 8 == 0 and steps.counts(step // 8 - 1))
+    ]
+
+
+def test_intervals_in_steps_count_no_epochs():
+    assert not any(Steps(5, 0, 40).counts(epoch) for epoch in range(10))
+    assert Steps(5, 0, 40).epochs is None
 
 
 def test_progress_runs_from_zero_to_one_and_stops():
@@ -75,6 +97,11 @@ def test_whether_an_epoch_may_end_in_the_window():
     assert Steps("epoch", 0, 20).opens(20)
     assert not Steps("epoch", 30, 40).opens(20)
     assert not Steps("epoch", 0, 0).opens(20)
+    assert Steps(epochs(3), 0, 20).opens(20)
+    assert Steps(epochs(3), 0, 20).opens(20, epochs=3)
+    assert not Steps(epochs(3), 0, 20).opens(20, epochs=2)
+    assert Steps(epochs(3), 0, 20, arrives=True).opens(20, epochs=2)
+    assert not Steps(epochs(3), 0, 20).jumps
 
 
 @pytest.mark.parametrize(
@@ -120,8 +147,23 @@ def test_windows_in_steps():
 
 @pytest.mark.parametrize("every", [0, -5, 2.0, "step", "epochs", None, True])
 def test_intervals_are_checked(every):
-    with pytest.raises(ValueError, match=r"update_interval=.*positive number.*\"epoch\""):
+    with pytest.raises(ValueError, match=r"update_interval=.*positive number.*\"epoch\".*epochs"):
         Window(every)
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(0, ValueError), (-2, ValueError), (1.5, TypeError), ("5", TypeError), (True, TypeError)],
+)
+def test_numbers_of_epochs_are_checked(number, error):
+    with pytest.raises(error, match=r"^epochs\(.*number must be"):
+        epochs(number)
+
+
+def test_numbers_of_epochs_may_come_from_numpy():
+    assert epochs(np.int64(5)) == epochs(5)
+    assert type(epochs(np.int64(5)).number) is int
+    assert f"every {epochs(5)}" == "every 5 epochs"
 
 
 @pytest.mark.parametrize("key", ["start", "end"])
@@ -150,3 +192,7 @@ def test_windows_pickle_and_compare():
     window = Window("epoch", 0, 0.5)
     assert pickle.loads(pickle.dumps(window)) == window != Window("epoch", 0, 0.75)
     assert eval(repr(window)) == window
+    window = Window(epochs(5), 0, 0.5)
+    assert pickle.loads(pickle.dumps(window)) == window == eval(repr(window))
+    assert window != Window("epoch", 0, 0.5)
+    assert window.resolve(20) == Steps(epochs(5), 0, 10)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Curve, Distribution, Rule, Score
+from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import erk
 from lightning_sparsity.rules import chain, drop, grow
 from lightning_sparsity.schedules import cosine
@@ -36,7 +36,7 @@ class RigL(MaskCallback):
             or a schedule, such as ``cosine(0.5, 0.005)``.
         growth: What grows: ``gradient`` (default), ``random``, ``momentum(0.9)``,
             ``drawn_by(nearby(0.1))`` or any other score.
-        update_interval: :math:`\Delta T`, in optimizer steps, or "epoch".
+        update_interval: :math:`\Delta T`, in optimizer steps, "epoch", or ``epochs(n)``.
         update_start: First step (int) or fraction of training (float).
         update_end: :math:`T_{end}`, a step (int) or a fraction of training (float).
         include: Which parameters are sparse: names, patterns, module types, callables.
@@ -63,7 +63,7 @@ class RigL(MaskCallback):
         distribution: Mapping[str, float] | Distribution | None = None,
         drop_fraction: float | Curve = 0.3,
         growth: Score = gradient,
-        update_interval: int | Literal["epoch"] = 100,
+        update_interval: Interval = 100,
         update_start: int | float = 0,
         update_end: int | float = 0.75,
         include: Selection = linear_and_conv,

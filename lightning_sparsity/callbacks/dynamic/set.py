@@ -6,17 +6,16 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Budget, Curve, Distribution, Layer, Layers, Rule, Score
-from lightning_sparsity.core.method import Share
+from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import er
 from lightning_sparsity.ops.selection import top_k
 from lightning_sparsity.rules import chain, drop, grow
 from lightning_sparsity.scores import magnitude, random, without_gradient
-from lightning_sparsity.structures import Structure, Unstructured
+from lightning_sparsity.structures import Structure
 
 
 class SET(MaskCallback):
@@ -40,9 +39,10 @@ class SET(MaskCallback):
         drop_fraction: :math:`\zeta`, in [0, 1], or a schedule such as ``cosine(0.5, 0.005)``.
         growth: What grows: ``random`` (default), ``drawn_by(nearby(0.1))`` (links between
             nearby units), ``momentum(0.9)`` or any other score.
-        sign_split: Drop from positive and negative weights separately, as the paper does.
+        sign_split: Drop from positive and negative weights separately, as the paper does;
+            single weights only.
         new_weight_std: Standard deviation of the values of new weights, >= 0.
-        update_interval: "epoch", or a number of optimizer steps.
+        update_interval: "epoch", ``epochs(n)``, or a number of optimizer steps.
         update_start: First step (int) or fraction of training (float).
         update_end: Last step (int) or fraction of training (float).
         include: Which parameters are sparse: names, patterns, module types, callables.
@@ -71,7 +71,7 @@ class SET(MaskCallback):
         growth: Score = random,
         sign_split: bool = False,
         new_weight_std: float = 0.0,
-        update_interval: int | Literal["epoch"] = "epoch",
+        update_interval: Interval = "epoch",
         update_start: int | float = 0,
         update_end: int | float = 1.0,
         include: Selection = linear_and_conv,
@@ -86,8 +86,6 @@ class SET(MaskCallback):
         if not isinstance(sign_split, bool):
             raise TypeError(f"SET(sign_split={sign_split!r}): must be True or False.")
         self.sign_split = sign_split
-        if sign_split and structure is not None:
-            self._check_sign(structure)
         self._check_callable("weight_init", weight_init, "rescale_to_fan_in")
         start = drop(random)
         lose: Rule = drop_by_sign(drop_fraction) if sign_split else drop(magnitude, drop_fraction)
@@ -105,20 +103,8 @@ class SET(MaskCallback):
             exclude=exclude,
             structure=structure,
             seed=seed,
+            single_weights=sign_split,
         )
-
-    def begin(self, layers: Layers, share: Share) -> Layers:
-        """Make masks, or take over those that were found; see the base class."""
-        for layer in layers if self.sign_split else ():
-            self._check_sign(layer.structure)
-        return super().begin(layers, share)
-
-    @staticmethod
-    def _check_sign(structure: Structure) -> None:
-        if structure != Unstructured():
-            raise ValueError(
-                f"SET(sign_split=True) with {structure!r}: units have no sign; use one of the two."
-            )
 
     @staticmethod
     def _check_std(value: object) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Distribution, Ramp
+from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import uniform
 from lightning_sparsity.rules import drop
 from lightning_sparsity.schedules import cubic
@@ -34,7 +34,7 @@ class GMP(MaskCallback):
             callback made come before it.
         ramp: ``ramp(initial_density, density)`` gives the schedule, such as ``linear``,
             ``cosine``, ``exponential`` or ``sigmoid``; default ``cubic``.
-        update_interval: Optimizer steps between prunings, or "epoch".
+        update_interval: Optimizer steps between prunings, "epoch", or ``epochs(n)``.
         update_start: First step (int) or fraction of training (float).
         update_end: Step (int) or fraction of training (float) at which ``density`` holds.
         include: Which parameters are sparse: names, patterns, module types, callables.
@@ -58,7 +58,7 @@ class GMP(MaskCallback):
         distribution: Mapping[str, float] | Distribution | None = None,
         initial_density: float = 1.0,
         ramp: Ramp = cubic,
-        update_interval: int | Literal["epoch"] = 100,
+        update_interval: Interval = 100,
         update_start: int | float = 0.0,
         update_end: int | float = 0.75,
         include: Selection = linear_and_conv,

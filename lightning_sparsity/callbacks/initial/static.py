@@ -24,6 +24,7 @@ class StaticSparse(MaskCallback):
         density: Live share of all sparse weights, in (0, 1]; None: keep the zeros that
             the weights have, or the masks that an earlier callback made.
         score: What stays: ``random`` (default) or ``magnitude``.
+        topology: A rule that places the live weights instead, such as ``spread_inputs``.
         distribution: How ``density`` is split over layers, or densities by name pattern;
             default ERK.
         include: Which parameters are sparse: names, patterns, module types, callables.
@@ -51,6 +52,7 @@ class StaticSparse(MaskCallback):
         density: float | None = None,
         *,
         score: Score = random,
+        topology: Rule | None = None,
         distribution: Mapping[str, float] | Distribution | None = None,
         include: Selection = linear_and_conv,
         exclude: Selection = (),
@@ -61,11 +63,13 @@ class StaticSparse(MaskCallback):
         self._keeps_zeros = density is None
         self._check_callable("weight_init", weight_init, "rescale_to_fan_in")
         self._check_callable("score", score, "magnitude")
+        self._check_callable("topology", topology, "spread_inputs")
+        place = topology or drop(score)
         super().__init__(
             density=density,
             distribution=distribution,
             default_distribution=erk,
-            initial=chain(drop(score), weight_init) if weight_init else drop(score),
+            initial=chain(place, weight_init) if weight_init else place,
             include=include,
             exclude=exclude,
             structure=structure,

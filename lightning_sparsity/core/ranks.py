@@ -1,0 +1,15 @@
+"""Ranks: what every process must agree on before masks are chosen."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, the same bits on each; itself if there is one."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total
