@@ -9,14 +9,25 @@ Example::
 """
 
 from lightning_sparsity.callbacks.base import MaskCallback
+from lightning_sparsity.callbacks.dynamic.acdc import ACDC
+from lightning_sparsity.callbacks.dynamic.cht import CHT
+from lightning_sparsity.callbacks.dynamic.deep_r import DeepR
+from lightning_sparsity.callbacks.dynamic.dsr import DSR
+from lightning_sparsity.callbacks.dynamic.granet import GraNet
+from lightning_sparsity.callbacks.dynamic.gse import GSE
+from lightning_sparsity.callbacks.dynamic.mest import MEST
+from lightning_sparsity.callbacks.dynamic.nest import NeST
 from lightning_sparsity.callbacks.dynamic.redr import (
     RedrGradient,
     RedrGradientGlobal,
     RedrLoss,
     RedrRandom,
 )
+from lightning_sparsity.callbacks.dynamic.redr_second_order import RedrWoodfisher, RedrWoodtaylor
 from lightning_sparsity.callbacks.dynamic.rigl import RigL
 from lightning_sparsity.callbacks.dynamic.set import SET
+from lightning_sparsity.callbacks.dynamic.snfs import SNFS
+from lightning_sparsity.callbacks.dynamic.srigl import SRigL
 from lightning_sparsity.callbacks.gradual.gmp import GMP
 from lightning_sparsity.callbacks.gradual.magnitude import Magnitude
 from lightning_sparsity.callbacks.initial.static import StaticSparse
@@ -53,20 +64,32 @@ from lightning_sparsity.structures import NM, Block, Columns, Rows, Unstructured
 __version__ = "0.1.0"
 
 __all__ = [
+    "ACDC",
+    "CHT",
+    "DSR",
     "GMP",
+    "GSE",
+    "MEST",
     "NM",
     "SET",
+    "SNFS",
     "Block",
     "Columns",
+    "DeepR",
     "DensityMonitor",
+    "GraNet",
     "Magnitude",
     "MaskCallback",
+    "NeST",
     "RedrGradient",
     "RedrGradientGlobal",
     "RedrLoss",
     "RedrRandom",
+    "RedrWoodfisher",
+    "RedrWoodtaylor",
     "RigL",
     "Rows",
+    "SRigL",
     "StaticSparse",
     "Unstructured",
     "constant",

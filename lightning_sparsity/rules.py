@@ -39,7 +39,8 @@ class drop:
         fraction: Share of each layer's live units to drop, a number in [0, 1] or a
             schedule of it. None: drop down to the budget.
         share: How the units that stay are split over the layers; None: each layer
-            drops its own. ``share=global_by(magnitude)`` ranks across layers.
+            drops its own. ``share=global_by(magnitude)`` ranks across layers. Layers of
+            an ``NM`` pattern keep their own counts.
         rounding: ``math.floor`` or ``math.ceil``, for ``fraction``.
 
     Raises:
@@ -84,7 +85,7 @@ class drop:
         else:
             keep = [self._survivors(layer.live, fraction) for layer in layers]
         if self.share is not None:
-            keep = self.share(layers, sum(keep))
+            keep = _shared(self.share, layers, keep)
         return [
             self._drop_in_groups(layer, layer.structure, count)
             if fraction is None and isinstance(layer.structure, NM)
@@ -121,14 +122,16 @@ class grow:
         score: Ranks the free units; the highest grow.
         share: How the units to grow are split over the layers, such as
             ``global_by(gradient, min_per_layer=0)``; None: each layer grows to its own
-            budget. With a share the budget's sum counts.
+            budget. With a share the budget's sum counts. Layers of an ``NM`` pattern
+            grow to their own.
         start: Standard deviation of the normal distribution from which the weights
-            that come alive are drawn; 0: they start at zero.
+            that come alive are drawn; 0: they start at zero. Or a function of the layer
+            that gives values of the weight's shape.
     """
 
     score: Score
     share: Distribution | None = None
-    start: float = 0.0
+    start: float | Callable[[Layer], Tensor] = 0.0
 
     def __repr__(self) -> str:
         return _call(self)
@@ -151,11 +154,11 @@ class grow:
         """
         room = [max(n - layer.live, 0) for layer, n in zip(layers, budget, strict=True)]
         if self.share is not None and any(room):
-            missing = sum(budget) - sum(layer.live for layer in layers)
+            missing = [n - layer.live for layer, n in zip(layers, budget, strict=True)]
             free = [dataclasses.replace(layer, mask=layer.free) for layer in layers]
-            if missing > sum(layer.live for layer in free):
+            if sum(missing) > sum(layer.live for layer in free):
                 free = [dataclasses.replace(layer, mask=~layer.mask) for layer in layers]
-            room = self.share(free, missing)
+            room = _shared(self.share, free, missing)
         grown: Layers = [
             self._grow_in_groups(layer, layer.structure, count)
             if isinstance(layer.structure, NM)
@@ -190,7 +193,10 @@ class grow:
         return dataclasses.replace(layer, mask=mask)
 
     def _fill(self, old: Layer, new: Layer) -> Layer:
-        draw = torch.randn(new.shape, generator=new.generator).to(new.weight) * self.start
+        if callable(self.start):
+            draw = self.start(new).to(new.weight)
+        else:
+            draw = torch.randn(new.shape, generator=new.generator).to(new.weight) * self.start
         # A weight dropped and regrown by the same chain keeps its value.
         fresh = new.mask & ~old.mask & (new.weight == 0)
         return dataclasses.replace(new, weight=torch.where(fresh, draw, new.weight))
@@ -286,6 +292,15 @@ def find(rule: Rule | None, kind: type[drop]) -> Sequence[drop]:
     if isinstance(rule, chain):
         return [part for inner in rule.rules for part in find(inner, kind)]
     return [rule] if isinstance(rule, kind) else []
+
+
+def _shared(share: Distribution, layers: Layers, counts: Sequence[int]) -> list[int]:
+    """Counts split over the layers anew; those of an ``NM`` pattern, which fixes it, stay."""
+    moving = [i for i, layer in enumerate(layers) if not isinstance(layer.structure, NM)]
+    if not moving:
+        return list(counts)
+    new = share([layers[i] for i in moving], sum(counts[i] for i in moving))
+    return [dict(zip(moving, new, strict=True)).get(i, n) for i, n in enumerate(counts)]
 
 
 def _either(barred: Tensor | None, more: Tensor) -> Tensor:

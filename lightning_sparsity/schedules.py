@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lightning_sparsity.core.layer import Curve
+from lightning_sparsity.core.layer import Curve, Ramp, Schedule, call_of
 
 
 @dataclass(frozen=True)
@@ -368,6 +368,69 @@ class cyclic(Curve):
         return _between(self.high, self.low, (1 + math.cos(math.pi * turns)) / 2)
 
 
+@dataclass(frozen=True)
+class early(Curve):
+    """Another schedule, over before progress 1; its last value then stays.
+
+    Args:
+        schedule: The schedule.
+        at: Progress at which it is over, in (0, 1].
+
+    Raises:
+        TypeError: If ``schedule`` cannot be called, or ``at`` is not a number.
+        ValueError: If ``at`` lies outside (0, 1].
+
+    Example:
+        >>> [early(linear(0.3), 0.5)(x) for x in (0, 0.25, 0.5, 1)]
+        [0.3, 0.15, 0.0, 0.0]
+    """
+
+    schedule: Schedule
+    at: float
+
+    def __post_init__(self) -> None:
+        _check_early(self, self.schedule, self.at)
+
+    def __repr__(self) -> str:
+        return f"early({call_of(self.schedule)}, {self.at!r})"
+
+    def __call__(self, progress: float) -> float:
+        """Value at ``progress``."""
+        return self.schedule(_clamp(progress / self.at))
+
+
+@dataclass(frozen=True)
+class until:
+    """A ramp that arrives before progress 1 and then holds, for methods that go on after it.
+
+    Args:
+        ramp: A ramp between two densities, such as :class:`cubic`.
+        at: Progress at which it arrives, in (0, 1].
+
+    Raises:
+        TypeError: If ``ramp`` cannot be called, or ``at`` is not a number.
+        ValueError: If ``at`` lies outside (0, 1].
+
+    Example:
+        >>> ramp = until(cubic, 0.5)
+        >>> [round(ramp(1.0, 0.1)(x), 4) for x in (0, 0.25, 0.5, 1)]
+        [1.0, 0.2125, 0.1, 0.1]
+    """
+
+    ramp: Ramp
+    at: float
+
+    def __post_init__(self) -> None:
+        _check_early(self, self.ramp, self.at)
+
+    def __repr__(self) -> str:
+        return f"until({call_of(self.ramp)}, {self.at!r})"
+
+    def __call__(self, start: float, end: float) -> Curve:
+        """The schedule from ``start`` to ``end``."""
+        return early(self.ramp(start, end), self.at)
+
+
 def _clamp(progress: float) -> float:
     return min(max(progress, 0.0), 1.0)
 
@@ -390,3 +453,11 @@ def _check_number(schedule: object, argument: str, value: object, above: float =
         raise TypeError(message)
     if not above < value < math.inf:
         raise ValueError(message)
+
+
+def _check_early(what: object, part: object, at: object) -> None:
+    if not callable(part):
+        raise TypeError(f"{what}: {part!r} must be a schedule or ramp, such as cubic.")
+    _check_number(what, "at", at, above=0)
+    if at > 1:  # type: ignore[operator]
+        raise ValueError(f"{what}: at must lie in (0, 1]; write 110 / 160 for epoch 110 of 160.")

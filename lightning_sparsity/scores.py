@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_sparsity.core.layer import Layer, Score
+from lightning_sparsity.core.layer import Layer, Score, Scorer
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -62,7 +62,7 @@ def random(layer: Layer) -> Tensor:
 
 
 @dataclass(frozen=True)
-class slot:
+class slot(Scorer):
     """Absolute value of one of the method's own tensors.
 
     Args:
@@ -87,7 +87,7 @@ class slot:
 
 
 @dataclass(frozen=True)
-class momentum:
+class momentum(Scorer):
     r"""Running mean of dense gradients, :math:`|m|`, :math:`m \leftarrow \beta m + (1-\beta) g`.
 
     A callback that ranks by it gathers it: ``observe=momentum(0.9).observe``. It is SGD's
@@ -124,12 +124,38 @@ class momentum:
 
 
 @dataclass(frozen=True)
-class drawn_by:
+class unexplored(Scorer):
+    """Random, but weights that were never live come first.
+
+    The growth of In-Time Over-Parameterization that explores most (Liu et al., 2021; the
+    authors' code calls it random_unfired). A callback that ranks by it remembers which
+    weights were live: ``observe=unexplored().observe``, one byte per weight.
+    """
+
+    needs_gradient: ClassVar[bool] = False
+
+    def __call__(self, layer: Layer) -> Tensor:
+        """Score of ``layer``: in [1, 2) if never live, else in [0, 1); float64."""
+        draw = torch.rand(layer.shape, generator=layer.generator, dtype=torch.float64)
+        return draw.to(layer.mask.device) + ~self._fired(layer)
+
+    def observe(self, layer: Layer) -> Mapping[str, Tensor]:
+        """The weights that are or were live, in the slot "fired"."""
+        return {"fired": self._fired(layer)}
+
+    @staticmethod
+    def _fired(layer: Layer) -> Tensor:
+        return layer.mask | layer.slots.get("fired", layer.mask)
+
+
+@dataclass(frozen=True)
+class drawn_by(Scorer):
     r"""Makes the choice a draw: without replacement, with chances in proportion to a score.
 
     The ``k`` largest of :math:`s_i^p / E_i`, with :math:`E_i` standard exponential, are a
-    weighted sample without replacement (Efraimidis and Spirakis, 2006). Weights with score
-    0 are chosen only when no others are left.
+    weighted sample without replacement (Efraimidis and Spirakis, 2006). A unit of several
+    weights is one draw, with the sum of their chances. Weights with score 0 are chosen only
+    when no others are left, in order.
 
     Args:
         score: The chances, up to a factor.
@@ -140,7 +166,7 @@ class drawn_by:
         ValueError: If ``power`` is not a finite number of at least 0.
     """
 
-    score: Score
+    score: Score | Scorer
     power: float = 1.0
 
     def __post_init__(self) -> None:
@@ -158,13 +184,14 @@ class drawn_by:
         """Score of ``layer``: a draw from its generator; float64, shape of the weight."""
         chance = self.score(layer).double()
         largest = chance.max().clamp(min=torch.finfo(torch.float64).tiny)
-        wait = torch.empty(layer.shape, dtype=torch.float64)
-        wait.exponential_(generator=layer.generator)
+        units = torch.empty(layer.size, dtype=torch.float64)
+        units.exponential_(generator=layer.generator)
+        wait = layer.structure.expand(units, layer.shape, layer.layout)
         return (chance / largest) ** self.power / wait.to(chance.device).clamp(min=1e-300)
 
 
 @dataclass(frozen=True)
-class nearby:
+class nearby(Scorer):
     r"""Links between units at nearby places of their layers: :math:`e^{-d / \lambda}`.
 
     A unit's place is its number over the width of its layer, in (0, 1), and :math:`d` the

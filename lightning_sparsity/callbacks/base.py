@@ -283,9 +283,13 @@ class MaskCallback(SparsityCallback):
                 f"(here {structure!r})."
             )
 
-    def _check_callable(self, name: str, value: object, example: str) -> None:
-        """Raise unless ``value`` is a function or None."""
-        if value is not None and (not callable(value) or isinstance(value, type)):
+    def _check_callable(
+        self, name: str, value: object, example: str, *, optional: bool = True
+    ) -> None:
+        """Raise unless ``value`` is a function, or None where it is ``optional``."""
+        if value is None and optional:
+            return
+        if not callable(value) or isinstance(value, type):
             raise TypeError(
                 f"{self._name}({name}={value!r}): must be a function, such as {example}."
             )

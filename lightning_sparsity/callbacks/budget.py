@@ -72,7 +72,8 @@ class Budgeter:
         if fixes_total(self.distribution):
             left = 2 * self.ramp(1.0, 0.5)(progress) - 1  # 1 at the start, 0 at the end
             wanted = [b + (a - b) * left for a, b in zip(start, self._fixed(layers), strict=True)]
-            return [min(round(n), layer.live) for n, layer in zip(wanted, layers, strict=True)]
+            most = [layer.live if self.only_prunes else layer.size for layer in layers]
+            return [min(round(n), limit) for n, limit in zip(wanted, most, strict=True)]
         assert self.density is not None
         began = sum(start) / _size(layers) if share.found else self.initial_density
         now = self.ramp(began, self.density)(progress)

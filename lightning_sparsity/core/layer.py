@@ -143,6 +143,14 @@ class Curve:
         raise NotImplementedError
 
 
+class Scorer:
+    """Base of the scores that are classes; command lines look for it."""
+
+    def __call__(self, layer: Layer) -> Tensor:
+        """Per-weight score of ``layer``, shape of its weight."""
+        raise NotImplementedError
+
+
 Ramp = Callable[[float, float], Curve] | Callable[[float, float], Schedule]
 """``ramp(start, end)`` is a schedule: a schedule class such as ``cubic``, or a function."""
 

@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 import lightning_sparsity
 from lightning_sparsity import (
+    ACDC,
+    CHT,
+    DSR,
     GMP,
+    GSE,
+    MEST,
     SET,
+    SNFS,
+    DeepR,
+    GraNet,
     Magnitude,
     MaskCallback,
+    NeST,
     RedrGradient,
     RedrGradientGlobal,
     RedrLoss,
     RedrRandom,
+    RedrWoodfisher,
+    RedrWoodtaylor,
     RigL,
+    SRigL,
     StaticSparse,
 )
+from lightning_sparsity.core.apportion import shares
+from lightning_sparsity.core.layer import Layer
+from lightning_sparsity.distributions import erk
+from lightning_sparsity.structures import Layout
 
 Make = Callable[..., MaskCallback]
 
@@ -27,18 +45,81 @@ Make = Callable[..., MaskCallback]
 METHODS: dict[str, Make] = {
     "StaticSparse": lambda density=0.3, **kw: StaticSparse(density, **kw),
     "SET": lambda density=0.3, **kw: SET(density, **kw),
+    "GSE": lambda density=0.3, **kw: GSE(density, **{"update_interval": 4, **kw}),
     "RigL": lambda density=0.3, **kw: RigL(density, **{"update_interval": 4, **kw}),
+    "SRigL": lambda density=0.3, **kw: SRigL(
+        density,
+        **{"update_interval": 4, "gamma": 0.9, **kw},  # so that neurons die
+    ),
+    "CHT": lambda density=0.3, **kw: CHT(density, **kw),
     "GMP": lambda density=0.3, **kw: GMP(density, **{"update_interval": 4, **kw}),
     "RedrRandom": lambda density=0.3, **kw: RedrRandom(density, **kw),
     "RedrGradient": lambda density=0.3, **kw: RedrGradient(density, **kw),
     "RedrGradientGlobal": lambda density=0.3, **kw: RedrGradientGlobal(density, **kw),
     "RedrLoss": lambda density=0.3, **kw: RedrLoss(density, **kw),
+    "RedrWoodfisher": lambda density=0.3, **kw: RedrWoodfisher(density, **kw),
+    "RedrWoodtaylor": lambda density=0.3, **kw: RedrWoodtaylor(density, **kw),
+    "DeepR": lambda density=0.3, **kw: DeepR(density, **{"temperature": 1e-3, **kw}),
+    "MEST": lambda density=0.3, **kw: MEST(density, **{"update_interval": 4, **kw}),
+    "ACDC": lambda density=0.3, **kw: ACDC(
+        density, **{"update_interval": 4, "compressed": ((0.3, 0.6), (0.8, 1.0)), **kw}
+    ),
+    "NeST": lambda density=0.3, **kw: NeST(density, **{"update_interval": 4, **kw}),
+    "DSR": lambda density=0.3, **kw: DSR(density, **{"update_interval": 4, **kw}),
+    "SNFS": lambda density=0.3, **kw: SNFS(density, **kw),
+    "GraNet": lambda density=0.3, **kw: GraNet(density, **{"update_interval": 4, **kw}),
     "Magnitude": lambda density=0.3, **kw: Magnitude(density, **{"at": 0.5, **kw}),
 }
 UPDATERS = [name for name in METHODS if name != "StaticSparse"]
-MOVE_BETWEEN_LAYERS = ["RedrGradientGlobal"]  # only the total stays the same
+# Only the total of their live weights stays the same.
+MOVE_BETWEEN_LAYERS = ["RedrGradientGlobal", "DSR", "SNFS", "RedrWoodfisher", "RedrWoodtaylor"]
 SINGLE_WEIGHTS = [name for name, make in METHODS.items() if make().single_weights]
 FULL_MATRIX = ["RigL", "SET", "GMP"]
+LINEAR_ONLY = ["CHT"]
+
+
+def expected_live(
+    name: str,
+    density: float,
+    masks: Mapping[str, Tensor],
+    parts: Sequence[Sequence[str]] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
+) -> int:
+    """Live weights at the end: the density to the weight, but for SRigL.
+
+    That has c weights at each of its a live neurons: at the start all neurons and the rounded
+    mean of the layer's budget, later as many as a neurons can share evenly of that.
+
+    Args:
+        name: Of the method.
+        density: What it was asked for.
+        masks: What it made; those of SRigL are checked row by row.
+        parts: The names of each optimizer's masks, if there are several.
+        layouts: Of the masks that are not ``(out, in, ...)``.
+    """
+    numel = sum(mask.numel() for mask in masks.values())
+    if name != "SRigL":
+        return round(density * numel)
+    live = 0
+    parts = parts or [list(masks)]
+    sizes = [sum(masks[key].numel() for key in part) for part in parts]
+    for part, total in zip(parts, shares(round(density * numel), sizes), strict=True):
+        layers = [
+            Layer(
+                key,
+                torch.empty(masks[key].shape),
+                torch.ones_like(masks[key]),
+                layout=(layouts or {}).get(key, Layout()),
+            )
+            for key in part
+        ]
+        for layer, budget in zip(layers, erk(layers, total), strict=True):
+            fan_in = layer.layout.canonical(masks[layer.name]).sum((2, 3)).view(-1)
+            start = len(fan_in) * max(1, round(budget / len(fan_in)))
+            active = int(fan_in.count_nonzero())
+            assert set(fan_in.tolist()) - {0} == {start // active}, layer.name
+            live += start // active * active
+    return live
 
 
 def public_callbacks() -> set[str]:

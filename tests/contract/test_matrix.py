@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from methods import FULL_MATRIX, METHODS
+from methods import FULL_MATRIX, METHODS, expected_live
 from optimizers import OPTIMIZERS
 from torch import Tensor
 
@@ -116,18 +116,17 @@ def test_manual(name: str, row: dict[str, Any]) -> None:
         options["precision"] = "bf16-mixed"
     # Lightning cannot know how often manual optimization steps, so windows are in steps
     window: dict[str, Any] = {"at": 3} if name == "Magnitude" else {}
-    if name in ("RigL", "GMP"):
+    if name in ("RigL", "SRigL", "ACDC", "NeST", "GMP", "GraNet"):
         window = {"update_end": 6, "update_interval": 2}
     result = fit(
         [METHODS[name](**window)],
         lambda: kind(optimizer=make, raw=row["way"] == "raw", accumulate=row["accumulate"]),
         **options,
     )
-    check(name, result)
+    check(name, result, parts=[["net.0.weight"], ["net.5.weight", "net.7.weight"]])
 
 
-def check(name: str, result: Any) -> None:
-    numel = sum(mask.numel() for mask in result.masks.values())
-    assert result.live == round(0.3 * numel)
+def check(name: str, result: Any, parts: Any = None) -> None:
+    assert result.live == expected_live(name, 0.3, result.masks, parts)
     assert all(torch.isfinite(value).all() for value in result.weights.values())
     assert result.changes > 0 or name == "StaticSparse"

@@ -140,7 +140,9 @@ def test_zeros_of_a_file_are_read_in_whole_units() -> None:
 
 
 def test_signs_and_units_do_not_go_together_however_they_meet() -> None:
-    with pytest.raises((ValueError, MisconfigurationException), match=r"SET.*sign_split.*Rows"):
+    with pytest.raises(
+        (ValueError, MisconfigurationException), match=r"SET.*single weights only.*Rows"
+    ):
         fit([StaticSparse(0.5, structure=Rows()), SET(sign_split=True)])
 
 

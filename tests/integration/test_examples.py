@@ -20,6 +20,7 @@ from lightning_sparsity import (
     MaskCallback,
     RigL,
     Rows,
+    cosine,
     cubic,
     epochs,
     erk_power,
@@ -28,6 +29,7 @@ from lightning_sparsity import (
     sigmoid,
     uniform,
 )
+from lightning_sparsity.scores import drawn_by, momentum, nearby, random
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 Run = Callable[..., dict[str, Any]]
@@ -162,6 +164,7 @@ def test_cli(run: Run) -> None:
     assert yaml.safe_load(saved.read_text())["trainer"]["callbacks"][0]["init_args"] == {
         **yaml.safe_load(config.read_text())["trainer"]["callbacks"][0]["init_args"],
         "drop_fraction": 0.3,
+        "growth": "lightning_sparsity.scores.gradient",
         "update_start": 0,
         "include": "lightning_sparsity.linear_and_conv",
         "structure": None,
@@ -231,6 +234,38 @@ def from_config(
             RigL(0.1, structure=Block(2, 4)),
         ),
         ({"structure": "lightning_sparsity.Rows"}, RigL(0.1, structure=Rows())),
+        ({"growth": "lightning_sparsity.scores.random"}, RigL(0.1, growth=random)),
+        (
+            {
+                "growth": {
+                    "class_path": "lightning_sparsity.scores.momentum",
+                    "init_args": {"beta": 0.8},
+                }
+            },
+            RigL(0.1, growth=momentum(0.8)),
+        ),
+        (
+            {
+                "growth": {
+                    "class_path": "lightning_sparsity.scores.drawn_by",
+                    "init_args": {
+                        "score": {"class_path": "lightning_sparsity.scores.nearby"},
+                        "power": 2.0,
+                    },
+                }
+            },
+            RigL(0.1, growth=drawn_by(nearby(0.1), power=2)),
+        ),
+        ({"drop_fraction": 0.4}, RigL(0.1, drop_fraction=0.4)),
+        (
+            {
+                "drop_fraction": {
+                    "class_path": "lightning_sparsity.cosine",
+                    "init_args": {"start": 0.5, "end": 0.005},
+                }
+            },
+            RigL(0.1, drop_fraction=cosine(0.5, 0.005)),
+        ),
         ({"include": "fc*"}, RigL(0.1, include="fc*")),
         ({"include": "torch.nn.Linear"}, RigL(0.1, include=nn.Linear)),
         ({"exclude": "lightning_sparsity.last_layer"}, RigL(0.1, exclude=last_layer)),
@@ -244,7 +279,7 @@ def test_config_means_what_code_does(
     from_config: Any, arguments: dict[str, Any], expected: MaskCallback
 ) -> None:
     made = from_config("RigL", {"density": 0.1, **arguments})
-    for name in ("density", "distribution", "window", "structure", "include"):
+    for name in ("density", "distribution", "rule", "window", "structure", "include"):
         assert getattr(made, name) == getattr(expected, name)
     assert made.exclude == expected.exclude or (not made.exclude and not expected.exclude)
 

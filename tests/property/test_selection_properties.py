@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_sparsity.ops import selection
 from lightning_sparsity.ops.packing import pack, unpack
-from lightning_sparsity.ops.selection import sample, top_k, top_k_counts, top_n_per_group
+from lightning_sparsity.ops.selection import Best, sample, top_k, top_k_counts, top_n_per_group
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 numbers = st.one_of(
@@ -103,3 +103,19 @@ def test_sample_draws_distinct_candidates(
 def test_packing_is_lossless(entries: list[bool]) -> None:
     mask = torch.tensor(entries, dtype=torch.bool)
     assert torch.equal(unpack(pack(mask), mask.shape), mask)
+
+
+@given(st.data())
+def test_best_of_a_stream_is_the_top_k_of_all(data: st.DataObject) -> None:
+    shapes = data.draw(st.lists(st.integers(0, 12), min_size=1, max_size=4))
+    seed = data.draw(st.integers(0, 2**16))
+    generator = torch.Generator().manual_seed(seed)
+    scores = [torch.randint(0, 4, (n,), generator=generator).float() for n in shapes]
+    allowed = [torch.rand(n, generator=generator) < 0.7 for n in shapes]
+    there = sum(int(mask.sum()) for mask in allowed)
+    k = data.draw(st.integers(0, there))
+    best = Best(k)
+    for score, mask in zip(scores, allowed, strict=True):
+        best.add(score, mask)
+    for mine, whole in zip(best.masks(scores), top_k(scores, k, allowed), strict=True):
+        assert torch.equal(mine, whole)

@@ -16,6 +16,7 @@ from lightning_sparsity.distributions import (
     fan_in,
     fixes_total,
     global_by,
+    in_proportion,
     keep_dense,
     lamp,
     lamp_score,
@@ -286,6 +287,67 @@ def test_lamp_keeps_small_layers_alive():
     assert lamp([large, tiny], 2) == global_by(lamp_score)([large, tiny], 2)
 
 
+# In proportion to a measure
+
+
+def size(part):
+    return part.size
+
+
+def test_in_proportion_adds_up_and_rounds_to_the_largest_remainder():
+    net = dense_layers({"a": (5, 2), "b": (10, 3), "c": (1, 1)})
+    assert in_proportion(size)(net, 41) == [10, 30, 1]
+    for total in range(42):
+        counts = in_proportion(size)(net, total)
+        assert sum(counts) == total
+        ideals = [total * part.size / 41 for part in net]
+        assert all(abs(n - ideal) < 1 for n, ideal in zip(counts, ideals, strict=True))
+    assert in_proportion(size)(net, 1) == [0, 1, 0], "no layer needs to get anything"
+    assert in_proportion(size)(net, 0) == [0, 0, 0]
+    assert in_proportion(size)([], 0) == []
+
+
+def test_in_proportion_hands_on_what_overflows():
+    a = layer([[1.0] * 10], mask=[[1] * 2 + [0] * 8])
+    b = layer([[1.0] * 10])
+    c = layer([[1.0] * 30])
+    # 5, 5 and 15 by size; a has room for 2, and the others share its 3 by size.
+    assert in_proportion(size)([a, b, c], 25) == [2, 6, 17]
+    assert in_proportion(size)([a, b, c], 42) == [2, 10, 30]
+
+
+def test_in_proportion_with_measures_of_zero():
+    a, b, c = (layer([[1.0] * n], name) for name, n in (("a", 4), ("b", 6), ("c", 2)))
+
+    def only(*names):
+        return in_proportion(lambda part: float(part.name in names))
+
+    assert only("a")([a, b, c], 3) == [3, 0, 0]
+    # What those with a measure cannot take goes to the others, by their room.
+    assert only("a")([a, b, c], 8) == [4, 3, 1]
+    assert only("a", "c")([a, b, c], 12) == [4, 6, 2]
+    assert only()([a, b, c], 6) == [2, 3, 1]
+
+
+def test_in_proportion_of_large_and_tiny_measures():
+    a, b = layer([[1.0] * 1000], "a"), layer([[1.0] * 1000], "b")
+    measures = {"a": 1e-300, "b": 1e300}
+    by_name = in_proportion(lambda part: measures[part.name])
+    assert by_name([a, b], 999) == [0, 999]
+    assert by_name([a, b], 1500) == [500, 1000]
+
+
+def test_in_proportion_refuses_what_cannot_be():
+    a, b = layer([[1.0] * 4]), layer([[1.0] * 6])
+    with pytest.raises(ValueError, match="cannot place 11 live units: the 2 layers can take 10"):
+        in_proportion(size)([a, b], 11)
+    for measure in (math.nan, -1.0, math.inf):
+        with pytest.raises(ValueError, match="finite numbers >= 0"):
+            in_proportion(lambda part, measure=measure: measure)([a, b], 3)
+    with pytest.raises(TypeError, match=r"in_proportion\(3\): measure must be a function"):
+        in_proportion(3)
+
+
 # Budgets
 
 
@@ -377,6 +439,7 @@ def test_needs_gradient():
         global_by(magnitude),
         per_layer({"*": 0.1}),
         keep_dense(erk, ["fc3"]),
+        in_proportion(size),
     ):
         assert not needs_gradient(distribution)
 
@@ -389,6 +452,7 @@ def test_needs_gradient():
         erk_power(0.5),
         epsilon(20),
         global_by(magnitude, min_per_layer=3),
+        in_proportion(size),
         per_layer({"fc3": 1.0, "*": 0.1}),
         keep_dense(global_by(lamp_score), ["fc3", "conv*"], charge=True),
     ],

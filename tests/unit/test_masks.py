@@ -211,6 +211,60 @@ def test_only_committed_layers_are_written():
     assert torch.equal(masks["1.weight"].parameter.detach(), other)
 
 
+def test_biases_are_written_in_place():
+    masks, kept, optimizer = trained(OLD, OPTIMIZERS["adam"])
+    bias, before = kept.bias, kept.bias.detach().clone()
+    state = {k: v.clone() for k, v in optimizer.state[bias].items()}
+    layer = view(kept)
+    assert torch.equal(layer.bias, bias)
+    assert not layer.bias.requires_grad
+    masks.commit([layer], [optimizer])
+    masks.commit([dataclasses.replace(layer, mask=NEW.clone())], [optimizer])
+    assert torch.equal(bias, before), "a bias that nobody changed"
+    pointer = bias.data_ptr()
+    masks.commit([dataclasses.replace(layer, bias=torch.tensor([3.0, -4.0]))], [optimizer])
+    assert kept.bias is bias
+    assert bias.data_ptr() == pointer
+    assert bias.requires_grad
+    assert bias.tolist() == [3.0, -4.0]
+    for key, tensor in state.items():
+        assert torch.equal(optimizer.state[bias][key], tensor)
+    masks.commit([dataclasses.replace(layer, bias=None)], [optimizer])
+    assert bias.tolist() == [3.0, -4.0]
+
+
+def test_layers_without_a_bias_of_their_own():
+    plain = nn.Linear(3, 2, bias=False)
+    (found,) = candidates(plain)
+    masks = Masks([SparseParameter(found, Unstructured())])
+    layer = view(masks["weight"])
+    assert layer.bias is None
+    masks.commit([dataclasses.replace(layer, bias=torch.ones(2))])
+    assert plain.bias is None
+    # The bias of a cell belongs to another of its weights, or to none.
+    cell = nn.ParameterDict({"w": torch.ones(2, 3), "bias": torch.ones(2)})
+    found = next(c for c in candidates(cell) if c.name == "w")
+    assert SparseParameter(found, Unstructured()).bias is None
+
+
+def test_slots_are_written_when_a_rule_replaces_them():
+    masks, kept, optimizer = trained(OLD, OPTIMIZERS["adam"])
+    first, weight = torch.tensor(0.5), kept.parameter.detach().clone()
+    masks.commit([dataclasses.replace(view(kept), slots={"threshold": first})], [optimizer])
+    assert kept.slots.keys() == {"threshold"}
+    assert kept.slots["threshold"] is first
+    held = kept.slots
+    masks.commit([dataclasses.replace(view(kept), mask=NEW.clone())], [optimizer])
+    assert kept.slots is held, "left alone by rules that leave them alone"
+    given = {**view(kept).slots, "sign": torch.ones(2, 5)}
+    masks.commit([dataclasses.replace(view(kept), slots=given)], [optimizer])
+    given.clear()
+    assert kept.slots.keys() == {"threshold", "sign"}, "a dictionary of its own"
+    masks.commit([dataclasses.replace(view(kept), slots={})], [optimizer])
+    assert kept.slots == {}
+    assert torch.equal(kept.parameter.detach(), weight * (OLD & NEW))
+
+
 # Enforce
 
 

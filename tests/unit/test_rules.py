@@ -10,11 +10,13 @@ import torch
 from lightning_sparsity.callbacks.dynamic.set import drop_by_sign
 from lightning_sparsity.core.layer import Layer
 from lightning_sparsity.core.randomness import generator
-from lightning_sparsity.distributions import erk, global_by, per_layer, uniform
+from lightning_sparsity.distributions import erk, global_by, in_proportion, per_layer, uniform
 from lightning_sparsity.ops.selection import NonFiniteScoreError
 from lightning_sparsity.rules import (
+    barring,
     chain,
     drop,
+    exchange,
     find,
     grow,
     rewind,
@@ -387,6 +389,153 @@ def test_random_within_groups():
     assert torch.equal(kept.mask, again.mask)
 
 
+# Barring
+
+
+def test_what_is_free():
+    part = layer([[1.0, 0.0, 0.0]], [[1, 0, 0]])
+    assert part.free.tolist() == [[False, True, True]]
+    part = dataclasses.replace(part, barred=torch.tensor([[True, True, False]]))
+    assert part.free.tolist() == [[False, False, True]]
+
+
+def test_what_barring_drops_does_not_regrow():
+    part = layer([[3.0, 0.5, -0.25, 0.0]], [[1, 1, 1, 0]], grad=[[0.0, 8.0, 9.0, 1.0]])
+    free = chain(drop(magnitude, 0.4), grow(gradient))
+    assert masks(apply(free, part)) == [[[1, 1, 1, 0]]]
+    assert masks(apply(chain(barring(free.rules[0]), free.rules[1]), part)) == [[[1, 1, 0, 1]]]
+    many_ = many(100)
+    (less,) = apply(barring(drop(magnitude, 0.3)), many_)
+    assert torch.equal(less.barred, many_.mask & ~less.mask)
+    for score in (gradient, random):
+        (after,) = apply(grow(score), less, budget=[100])
+        assert after.live == 100
+        assert not (after.mask & less.barred).any()
+
+
+def test_barring_adds_to_what_is_barred_and_leaves_masks_alone():
+    part = layer([[1.0, 2.0, 3.0, 4.0]], [[1, 1, 1, 1]])
+    rule = chain(
+        barring(drop(magnitude, 0.25)), drop(magnitude, 0.4), barring(drop(magnitude, 0.5))
+    )
+    (after,) = apply(rule, part)
+    assert masks([after]) == [[[0, 0, 0, 1]]]
+    assert after.barred.tolist() == [[True, False, True, False]]  # not what drop alone took
+    (same,) = apply(barring(drop(magnitude, 0.0)), part)
+    assert not same.barred.any()
+
+
+def test_barred_units_grow_where_all_others_have():
+    part = layer([[4.0, 0.5, 0.25, 0.0]], [[1, 1, 1, 0]], grad=[[0.0, 8.0, 9.0, 1.0]])
+    rule = chain(barring(drop(magnitude, 0.7)), grow(gradient))
+    # Two were dropped and one other place is free: the better of the two comes back.
+    (after,) = apply(rule, part)
+    assert masks([after]) == [[[1, 0, 1, 1]]]
+    assert after.weight[0, 2] == 0.25
+    (full,) = apply(rule, many(1000))
+    assert full.live == 1000, "a dense layer has room nowhere else"
+
+
+def test_barred_units_of_a_structure():
+    grad = [[9.0, 9.0], [1.0, 1.0], [2.0, 2.0], [0.0, 0.0]]
+    part = layer(
+        [[0.5, 0.0], [0.0, 0.0], [0.0, 0.0], [4.0, 0.0]],
+        [[1, 1], [0, 0], [0, 0], [1, 1]],
+        grad=grad,
+        structure=Rows(),
+    )
+    rule = chain(barring(drop(magnitude, 0.5)), grow(gradient))
+    assert masks(apply(rule, part)) == [[[0, 0], [0, 0], [1, 1], [1, 1]]]
+    (all_,) = apply(rule, part, budget=[4])
+    assert all_.mask.all()
+
+
+def test_barred_weights_of_a_pattern():
+    weight = [[9.0, 1.0, 0.0, 0.0, 8.0, 7.0, 0.0, 0.0]]
+    mask = [[1, 1, 0, 0, 1, 1, 0, 0]]
+    part = layer(weight, mask, grad=[[0.0, 9.0, 1.0, 2.0, 0.0, 9.0, 9.0, 9.0]], structure=NM(2, 4))
+    rule = chain(barring(drop(magnitude, 0.25)), grow(gradient))
+    assert masks(apply(rule, part)) == [[[1, 0, 0, 1, 1, 1, 0, 0]]]
+    # No room elsewhere in its group: the dropped one comes back, at any gradient.
+    part = layer([[9.0, 1.0, 8.0, 7.0]], [[1, 1, 1, 1]], grad=[[1.0] * 4], structure=NM(4, 4))
+    (after,) = apply(rule, part)
+    assert after.mask.all()
+    # Three of four barred, two to grow: the free one first, then the best of the barred.
+    part = layer([[0.0] * 4], [[0] * 4], grad=[[3.0, 5.0, 4.0, 1.0]], structure=NM(2, 4))
+    part = dataclasses.replace(part, barred=torch.tensor([[True, True, True, False]]))
+    assert masks(apply(grow(gradient), part, budget=[2])) == [[[0, 1, 0, 1]]]
+
+
+def test_shares_see_what_is_not_barred():
+    seen = []
+
+    def share(layers, total):
+        seen.append([part.live for part in layers])
+        return uniform(layers, total)
+
+    a, b = many(100), many(100, seed=1)
+    rule = chain(barring(drop(magnitude, 0.3)), grow(gradient, share=share))
+    after = apply(rule, a, b)
+    assert seen == [[900, 900]], "the dropped 30 of each have no room"
+    assert [part.live for part in after] == [100, 100]
+    for old, new in zip((a, b), after, strict=True):
+        assert int((old.mask & new.mask).sum()) == 70
+
+
+def test_shares_split_all_free_units_where_those_not_barred_are_too_few():
+    full = many(1000)
+    part = layer([[1.0, 0.0]], [[1, 0]], grad=[[1.0, 1.0]])
+    rule = chain(barring(drop(magnitude, 0.5)), grow(random, share=in_proportion(lambda x: x.live)))
+    after = apply(rule, full, part)
+    assert sum(x.live for x in after) == 1001
+    assert {x.live for x in after} <= {1, 2, 999, 1000}
+
+
+def test_a_share_may_give_a_layer_more_than_what_is_not_barred():
+    # 4 to grow, 5 free and not barred: the share is asked within these.
+    a = layer([[1.0, 2.0, 3.0, 4.0, 0.0]], [[1, 1, 1, 1, 0]], grad=[[9.0] * 5])
+    b = layer([[1.0, 2.0] + [0.0] * 4], [[1, 1, 0, 0, 0, 0]], grad=[[1.0] * 6])
+    rule = chain(
+        barring(drop(magnitude, 0.5)), grow(gradient, share=global_by(gradient, min_per_layer=0))
+    )
+    after = apply(rule, a, b)
+    assert [part.live for part in after] == [3, 3]
+    assert masks(after) == [[[0, 0, 1, 1, 1]], [[0, 1, 1, 1, 0, 0]]]
+
+
+# Exchange
+
+
+def test_exchange_grows_as_many_as_it_dropped():
+    a, b = many(100), many(40, seed=1)
+    swap = exchange(drop(magnitude, 0.3), grow(gradient))
+    assert [x.live for x in apply(swap, a, b, budget=[1, 900])] == [100, 40]
+    plain = chain(drop(magnitude, 0.3), grow(gradient))
+    for new, old in zip(apply(swap, a, b, budget=[1, 1]), apply(plain, a, b), strict=True):
+        assert torch.equal(new.mask, old.mask)
+
+
+def test_exchange_after_pruning_is_granet():
+    rule = chain(drop(magnitude), exchange(drop(magnitude, 0.5), grow(gradient)))
+    (after,) = apply(rule, many(100), budget=[60])
+    assert after.live == 60
+    # Each layer exchanges what a shared pruning left it.
+    rule = chain(
+        drop(magnitude, share=global_by(magnitude)), exchange(drop(magnitude, 0.5), grow(random))
+    )
+    a, b = many(100), many(100, seed=1)
+    left = apply(rule.rules[0], a, b, budget=[60, 60])
+    after = apply(rule, a, b, budget=[60, 60])
+    assert [x.live for x in after] == [x.live for x in left] != [60, 60]
+
+
+def test_exchange_is_no_chain():
+    parts = drop(magnitude), grow(random)
+    assert exchange(*parts) == exchange(*parts) != chain(*parts)
+    assert repr(exchange(*parts)) == "exchange(drop(magnitude), grow(random))"
+    assert find(chain(barring(parts[0]), exchange(*parts)), drop) == [parts[0]] * 2
+
+
 # By sign
 
 
@@ -526,6 +675,11 @@ def test_find_looks_into_chains():
         (chain(drop(magnitude), grow(random)), False),
         (chain(drop(magnitude), chain(grow(gradient))), True),
         (drop_by_sign(0.3), False),
+        (barring(drop(magnitude)), False),
+        (barring(drop(gradient)), True),
+        (exchange(drop(magnitude), grow(random)), False),
+        (exchange(drop(magnitude), grow(gradient)), True),
+        (grow(random, share=in_proportion(len)), False),
         (rewind("start"), False),
         (rescale_to_fan_in, False),
         (sparse_kaiming_normal, False),
@@ -545,6 +699,7 @@ RULES = [
     grow(random, start=0.1),
     chain(drop(magnitude, 0.3, rounding=math.ceil), grow(gradient, share=global_by(gradient))),
     drop_by_sign(0.5),
+    exchange(barring(drop(magnitude, 0.3)), grow(random)),
     rewind("start"),
     rescale_to_fan_in,
     sparse_kaiming_normal,

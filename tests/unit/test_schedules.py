@@ -10,12 +10,14 @@ from lightning_sparsity.schedules import (
     cosine,
     cubic,
     cyclic,
+    early,
     exponential,
     geometric,
     inverse_power,
     linear,
     sigmoid,
     step,
+    until,
 )
 
 ALL = [
@@ -29,6 +31,7 @@ ALL = [
     step(0.3, {0.5: 0.1}),
     sigmoid(1.0, 0.1),
     cyclic(0.1, 0.5, 3),
+    early(cubic(1.0, 0.1), 0.6875),
 ]
 
 SAMPLES = [
@@ -45,6 +48,7 @@ SAMPLES = [
     (cosine(0.0, 0.9), [0, 0.13180, 0.45, 0.76820, 0.9]),
     (exponential(1.0, 0.0001), [1, 0.1, 0.01, 0.001, 0.0001]),
     (cyclic(0.1, 0.5, cycles=1), [0.5, 0.44142, 0.3, 0.15858, 0.1]),
+    (early(linear(0.3), 0.75), [0.3, 0.2, 0.1, 0, 0]),
 ]
 
 
@@ -169,6 +173,31 @@ def test_arguments_must_be_finite_numbers(make, message, value, error):
 def test_values_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_ramp_until_a_moment_is_the_ramp_over_a_shorter_time():
+    ramp = until(cubic, 110 / 160)
+    schedule = ramp(0.5, 0.1)
+    for epoch in range(111):
+        assert schedule(epoch / 160) == pytest.approx(cubic(0.5, 0.1)(epoch / 110))
+    assert [schedule(epoch / 160) for epoch in (0, 110, 111, 160)] == [0.5, 0.1, 0.1, 0.1]
+    assert repr(ramp) == "until(cubic, 0.6875)"
+    assert eval(repr(ramp)) == pickle.loads(pickle.dumps(ramp)) == ramp
+
+
+@pytest.mark.parametrize("make", [lambda at: until(cubic, at), lambda at: early(linear(0.3), at)])
+@pytest.mark.parametrize(
+    ("at", "error"),
+    [(0, ValueError), (1.5, ValueError), (math.nan, ValueError), ("0.5", TypeError)],
+)
+def test_a_moment_lies_in_the_window(make, at, error):
+    with pytest.raises(error, match=r"(until|early)\(.*: at must"):
+        make(at)
+
+
+def test_only_schedules_can_be_early():
+    with pytest.raises(TypeError, match=r"until\(0.3, 0.5\): 0.3 must be a schedule or ramp"):
+        until(0.3, 0.5)
 
 
 def test_cycles_must_be_an_integer():

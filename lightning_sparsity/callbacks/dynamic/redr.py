@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from lightning_sparsity.core.layer import (
     call_of,
 )
 from lightning_sparsity.core.ranks import sum_over_ranks
+from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import uniform
 from lightning_sparsity.ops.selection import Best, top_n_per_group
 from lightning_sparsity.rules import chain, drop, exchange, grow
@@ -148,7 +149,7 @@ class Redr(MaskCallback):
             default uniform. ``fan_in`` gives all neurons of a layer exactly as many inputs.
         drop_fraction: :math:`\alpha`, in [0, 1], falling as a cosine to 0 at ``update_end``;
             or a schedule.
-        update_interval: "epoch", or a number of optimizer steps.
+        update_interval: "epoch", ``epochs(n)``, or a number of optimizer steps.
         update_start: First step (int) or fraction of training (float).
         update_end: Last step (int) or fraction of training (float).
         include: Which parameters are sparse: names, patterns, module types, callables.
@@ -173,7 +174,7 @@ class Redr(MaskCallback):
         *,
         distribution: Mapping[str, float] | Distribution | None = None,
         drop_fraction: float | Curve = 0.5,
-        update_interval: int | Literal["epoch"] = "epoch",
+        update_interval: Interval = "epoch",
         update_start: int | float = 0,
         update_end: int | float = 0.75,
         include: Selection = linear_and_conv,

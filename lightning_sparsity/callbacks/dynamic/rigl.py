@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
-from lightning_sparsity.core.layer import Curve, Distribution, Rule, Score
+from lightning_sparsity.core.layer import Curve, Distribution, Rule, Score, Scorer
 from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import erk
 from lightning_sparsity.rules import chain, drop, grow
@@ -26,6 +26,10 @@ class RigL(MaskCallback):
     The official code replaces the optimizer step by the update on update steps; here the
     optimizer steps first, on the old mask, so that no batch is lost. A weight that is
     dropped and regrown by one update keeps its value and its momentum, as in that code.
+
+    In-Time Over-Parameterization (Liu et al., 2021, arXiv:2102.02887) is a setting:
+    ``drop_fraction=cosine(0.5, 0.005), update_interval=4000, update_end=1.0``; the share of
+    weights ever live, :math:`R_s`, is logged by ``DensityMonitor``.
 
     Args:
         density: Live share of all sparse weights, in (0, 1]; may be left out when an
@@ -62,7 +66,7 @@ class RigL(MaskCallback):
         *,
         distribution: Mapping[str, float] | Distribution | None = None,
         drop_fraction: float | Curve = 0.3,
-        growth: Score = gradient,
+        growth: Score | Scorer = gradient,
         update_interval: Interval = 100,
         update_start: int | float = 0,
         update_end: int | float = 0.75,
@@ -73,7 +77,7 @@ class RigL(MaskCallback):
         seed: int | None = None,
     ) -> None:
         self._check_fraction("drop_fraction", drop_fraction)
-        self._check_callable("growth", growth, "gradient")
+        self._check_callable("growth", growth, "gradient", optional=False)
         fraction = drop_fraction if callable(drop_fraction) else cosine(drop_fraction)
         self._check_callable("weight_init", weight_init, "rescale_to_fan_in")
         start = drop(random)

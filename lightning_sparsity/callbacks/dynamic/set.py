@@ -9,7 +9,16 @@ from dataclasses import dataclass
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
-from lightning_sparsity.core.layer import Budget, Curve, Distribution, Layer, Layers, Rule, Score
+from lightning_sparsity.core.layer import (
+    Budget,
+    Curve,
+    Distribution,
+    Layer,
+    Layers,
+    Rule,
+    Score,
+    Scorer,
+)
 from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import er
 from lightning_sparsity.ops.selection import top_k
@@ -31,6 +40,10 @@ class SET(MaskCallback):
     version draws them from :math:`N(0, 0.1^2)` (``new_weight_std=0.1``). The paper's
     :math:`\varepsilon` is ``distribution=epsilon(20)``, which fixes the density.
 
+    In-Time Over-Parameterization (Liu et al., 2021, arXiv:2102.02887) is a setting:
+    ``distribution=erk, drop_fraction=cosine(0.5, 0.005), update_interval=1500``; the share of
+    weights ever live, :math:`R_s`, is logged by ``DensityMonitor``.
+
     Args:
         density: Live share of all sparse weights, in (0, 1]; may be left out when an
             earlier callback made the masks, or with ``distribution=epsilon(...)``.
@@ -38,7 +51,8 @@ class SET(MaskCallback):
             default Erdős-Rényi.
         drop_fraction: :math:`\zeta`, in [0, 1], or a schedule such as ``cosine(0.5, 0.005)``.
         growth: What grows: ``random`` (default), ``drawn_by(nearby(0.1))`` (links between
-            nearby units), ``momentum(0.9)`` or any other score.
+            nearby units), ``unexplored()`` (weights that were never live first),
+            ``momentum(0.9)`` or any other score.
         sign_split: Drop from positive and negative weights separately, as the paper does;
             single weights only.
         new_weight_std: Standard deviation of the values of new weights, >= 0.
@@ -68,7 +82,7 @@ class SET(MaskCallback):
         *,
         distribution: Mapping[str, float] | Distribution | None = None,
         drop_fraction: float | Curve = 0.3,
-        growth: Score = random,
+        growth: Score | Scorer = random,
         sign_split: bool = False,
         new_weight_std: float = 0.0,
         update_interval: Interval = "epoch",
@@ -81,7 +95,7 @@ class SET(MaskCallback):
         seed: int | None = None,
     ) -> None:
         self._check_fraction("drop_fraction", drop_fraction)
-        self._check_callable("growth", growth, "random")
+        self._check_callable("growth", growth, "random", optional=False)
         self._check_std(new_weight_std)
         if not isinstance(sign_split, bool):
             raise TypeError(f"SET(sign_split={sign_split!r}): must be True or False.")

@@ -62,7 +62,7 @@ class StaticSparse(MaskCallback):
     ) -> None:
         self._keeps_zeros = density is None
         self._check_callable("weight_init", weight_init, "rescale_to_fan_in")
-        self._check_callable("score", score, "magnitude")
+        self._check_callable("score", score, "magnitude", optional=False)
         self._check_callable("topology", topology, "spread_inputs")
         place = topology or drop(score)
         super().__init__(

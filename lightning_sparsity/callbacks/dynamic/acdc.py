@@ -1,0 +1,206 @@
+"""AC/DC: train dense and compressed by turns, and end compressed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lightning_sparsity.callbacks.base import MaskCallback
+from lightning_sparsity.core.filters import Selection, linear_and_conv
+from lightning_sparsity.core.keeper import MaskKeeper
+from lightning_sparsity.core.layer import Curve, Distribution, Layers
+from lightning_sparsity.core.masks import Masks
+from lightning_sparsity.core.method import Share
+from lightning_sparsity.core.window import Interval
+from lightning_sparsity.distributions import global_by
+from lightning_sparsity.rules import chain, drop, grow
+from lightning_sparsity.scores import magnitude, random
+from lightning_sparsity.structures import Structure
+
+Phases = Sequence[tuple[float, float]]
+"""Beginnings and ends, as fractions of the window."""
+
+IMAGENET: Phases = (
+    (0.10, 0.15),
+    (0.20, 0.25),
+    (0.30, 0.35),
+    (0.40, 0.45),
+    (0.50, 0.55),
+    (0.60, 0.65),
+    (0.70, 0.75),
+    (0.85, 1.0),
+)
+"""Epochs 10 to 15, 20 to 25 and so on of 100, and from 85 to the end."""
+
+
+class ACDC(MaskCallback):
+    """Alternating compressed and decompressed training (Peste et al., 2021, arXiv:2106.12379).
+
+    Training begins dense. Where a compressed phase begins, the weights of largest magnitude
+    over all layers stay and the masks are fixed until it ends; then every weight is live
+    again, those that were pruned from zero (Alg. 1). The last phase is compressed, so that
+    training ends at the density, exact to the weight.
+
+    A phase begins and ends with the first update at or after its fractions. Momentum of
+    pruned weights is zero when they come back, and that of the others goes on; the authors'
+    option to reset all of it is not included.
+
+    Args:
+        density: Live share of all sparse weights in compressed phases, in (0, 1].
+        distribution: How ``density`` is split over layers, or densities by name pattern;
+            default ``global_by(magnitude)``, ``uniform`` prunes every layer alike.
+        compressed: Compressed phases, in order, as pairs of fractions of the window; the
+            last ends at 1.0. Default the paper's for ImageNet in 100 epochs.
+        dense_checkpoint: File for the ``state_dict`` of the dense network just before the
+            last compression, the method's second result; None: it is not saved.
+        update_interval: "epoch", ``epochs(n)``, or a number of optimizer steps.
+        update_start: First step (int) or fraction of training (float).
+        update_end: Step (int) or fraction of training (float) at which the window ends.
+        include: Which parameters are sparse: names, patterns, module types, callables.
+        exclude: Which of those are left dense.
+        structure: What one unit is, such as ``Rows()``; default single weights.
+        seed: Unused by magnitude; kept for distributions with random choices.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        TypeError: If an argument is of the wrong type.
+
+    Example::
+
+        Trainer(callbacks=[ACDC(density=0.1, dense_checkpoint="dense.pt")])
+    """
+
+    def __init__(
+        self,
+        density: float | None = None,
+        *,
+        distribution: Mapping[str, float] | Distribution | None = None,
+        compressed: Phases = IMAGENET,
+        dense_checkpoint: str | Path | None = None,
+        update_interval: Interval = "epoch",
+        update_start: int | float = 0,
+        update_end: int | float = 1.0,
+        include: Selection = linear_and_conv,
+        exclude: Selection = (),
+        structure: Structure | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if not isinstance(dense_checkpoint, str | Path | None):
+            raise TypeError(f"ACDC(dense_checkpoint={dense_checkpoint!r}): must be a path or None.")
+        self.dense_checkpoint = dense_checkpoint
+        self._network: tuple[pl.LightningModule, Masks] | None = None
+        self.phases = alternating(_checked(compressed))
+        super().__init__(
+            density=density,
+            distribution=distribution,
+            default_distribution=global_by(magnitude),
+            initial=drop(magnitude),
+            update=chain(drop(magnitude), grow(random)),
+            ramp=self.phases,
+            update_interval=update_interval,
+            update_start=update_start,
+            update_end=update_end,
+            include=include,
+            exclude=exclude,
+            structure=structure,
+            seed=seed,
+        )
+
+    def update(self, layers: Layers, share: Share, progress: float) -> Layers:
+        """Compress or decompress, whichever is due; save the last dense network."""
+        if self.dense_checkpoint is not None and self.phases.are_over(progress):
+            self._save(share)
+        return super().update(layers, share, progress)
+
+    def on_masks_ready(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, keeper: MaskKeeper
+    ) -> None:
+        """Have the folder ready where the dense network will be saved."""
+        super().on_masks_ready(trainer, pl_module, keeper)
+        if self.dense_checkpoint is not None and keeper.masks is not None:
+            self._network = (pl_module, keeper.masks)
+            Path(self.dense_checkpoint).parent.mkdir(parents=True, exist_ok=True)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the model."""
+        self._network = None
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Let go of the model."""
+        self._network = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the model."""
+        return {**super().__getstate__(), "_network": None}
+
+    @rank_zero_only
+    def _save(self, share: Share) -> None:
+        """Save the network, if no layer is compressed yet; a whole file or none."""
+        if self._network is None or self.dense_checkpoint is None:
+            return
+        module, masks = self._network
+        if all(masks[name].is_dense for name in share.names):
+            path = Path(self.dense_checkpoint)
+            unfinished = path.with_name(path.name + ".tmp")
+            torch.save(module.state_dict(), unfinished)
+            os.replace(unfinished, path)
+
+
+@dataclass(frozen=True)
+class alternating:
+    """A ramp that is at its final density in compressed phases and dense between them.
+
+    Args:
+        compressed: Beginnings and ends, as fractions of the window.
+    """
+
+    compressed: Phases
+
+    def __call__(self, start: float, end: float) -> Curve:
+        """The schedule; ``start`` is not used, as dense is dense."""
+        return _Alternation(self.compressed, end)
+
+    def are_over(self, progress: float) -> bool:
+        """Whether the last phase has begun."""
+        return progress + _TINY >= self.compressed[-1][0]
+
+
+@dataclass(frozen=True)
+class _Alternation(Curve):
+    compressed: Phases
+    density: float
+
+    def __call__(self, progress: float) -> float:
+        x = progress + _TINY
+        inside = any(begin <= x < end for begin, end in self.compressed)
+        return self.density if inside or progress >= 1 else 1.0
+
+
+_TINY = 1e-9  # fractions such as 0.1 + 0.2 lie beside the steps they mean
+
+
+def _checked(compressed: Phases) -> Phases:
+    where = f"ACDC(compressed={compressed!r})"
+    try:
+        phases = tuple((float(begin), float(end)) for begin, end in compressed)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{where}: must be pairs of fractions, such as [(0.1, 0.5), (0.8, 1.0)]."
+        ) from None
+    times = [time for phase in phases for time in phase]
+    rising = all(a < b for a, b in zip(times, times[1:], strict=False))
+    if not (times and rising and times[0] >= 0 and times[-1] == 1):
+        raise ValueError(
+            f"{where}: fractions must rise from phase to phase, lie in [0, 1] and end with 1.0, "
+            "as training ends compressed."
+        )
+    return phases
