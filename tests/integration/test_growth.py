@@ -27,7 +27,7 @@ from lightning_sparsity import (
     linear,
 )
 from lightning_sparsity.core.keeper import MaskKeeper
-from lightning_sparsity.core.layer import Layers
+from lightning_sparsity.core.layer import Layers, call_of
 from lightning_sparsity.rules import chain, drop, grow
 from lightning_sparsity.scores import (
     drawn_by,
@@ -106,7 +106,9 @@ def test_every_growth_resumes(name: str, tmp_path: Path) -> None:
     run(ckpt_path=str(tmp_path / "step=6.ckpt"), seed=77).assert_equal(whole)
 
 
-@pytest.mark.parametrize("growth", [random, momentum(), drawn_by(nearby()), unexplored()], ids=repr)
+@pytest.mark.parametrize(
+    "growth", [random, momentum(), drawn_by(nearby()), unexplored()], ids=call_of
+)
 @pytest.mark.parametrize("structure", [Rows(), Block(2, 4), NM(1, 4)], ids=repr)
 def test_every_growth_works_with_structures(growth: Any, structure: Any) -> None:
     density = None if isinstance(structure, NM) else 0.5
@@ -147,7 +149,7 @@ def test_growth_nearby_is_nearby() -> None:
 
 
 @pytest.mark.parametrize("method", [RigL, SET])
-@pytest.mark.parametrize("growth", ["random", None, 3, drawn_by, momentum], ids=repr)
+@pytest.mark.parametrize("growth", ["random", None, 3, drawn_by, momentum], ids=call_of)
 def test_what_is_no_growth(method: Any, growth: Any) -> None:
     with pytest.raises(
         TypeError, match=rf"^{method.__name__}\(growth=.*: must be a function, such"
