@@ -30,6 +30,7 @@ from lightning_sparsity.callbacks.dynamic.snfs import SNFS
 from lightning_sparsity.callbacks.dynamic.srigl import SRigL
 from lightning_sparsity.callbacks.gradual.gmp import GMP
 from lightning_sparsity.callbacks.gradual.magnitude import Magnitude
+from lightning_sparsity.callbacks.initial.snip import SNIP
 from lightning_sparsity.callbacks.initial.static import StaticSparse
 from lightning_sparsity.core.filters import first_layer, last_layer, linear_and_conv
 from lightning_sparsity.core.window import epochs
@@ -71,6 +72,7 @@ __all__ = [
     "GSE",
     "MEST",
     "NM",
+    "SNIP",
     "SET",
     "SNFS",
     "Block",

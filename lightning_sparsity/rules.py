@@ -219,6 +219,33 @@ class rewind:
 
 
 @dataclass(frozen=True, init=False)
+class forget:
+    """Let go of slots.
+
+    Args:
+        *slots: Their keys in ``layer.slots``; a layer need not have them.
+    """
+
+    slots: tuple[str, ...]
+    needs_gradient = False
+
+    def __init__(self, *slots: str) -> None:
+        object.__setattr__(self, "slots", slots)
+
+    def __repr__(self) -> str:
+        return f"forget({', '.join(map(repr, self.slots))})"
+
+    def __call__(self, layers: Layers, budget: Budget, progress: float) -> Layers:
+        """Remove the slots from every layer."""
+        return [
+            dataclasses.replace(
+                layer, slots={k: v for k, v in layer.slots.items() if k not in self.slots}
+            )
+            for layer in layers
+        ]
+
+
+@dataclass(frozen=True, init=False)
 class chain:
     """Apply rules one after the other, with the same budget and progress.
 

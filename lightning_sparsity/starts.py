@@ -97,6 +97,35 @@ def spread_inputs(layers: Layers, budget: Budget, progress: float) -> Layers:
     return [_spread(layer, count) for layer, count in zip(layers, budget, strict=True)]
 
 
+@without_gradient
+def shuffle_within_layers(layers: Layers, budget: Budget, progress: float) -> Layers:
+    """Draw the places of each layer's live units at random; their number stays.
+
+    A control for methods that choose places by a score (Frankle et al., 2021).
+    """
+
+    def shuffled(layer: Layer) -> Layer:
+        whole = dataclasses.replace(layer, mask=torch.ones_like(layer.mask))
+        return drop(random)([whole], [layer.live], 0.0)[0]
+
+    return [layer if layer.live == layer.size else shuffled(layer) for layer in layers]
+
+
+@without_gradient
+def redraw(layers: Layers, budget: Budget, progress: float) -> Layers:
+    """Deal the values of each layer that has zeros out anew, over all of its weights.
+
+    A control (Frankle et al., 2021): another draw from the distribution of its start values.
+    """
+
+    def dealt(layer: Layer) -> Layer:
+        order = torch.randperm(layer.weight.numel(), generator=layer.generator)
+        values = layer.weight.reshape(-1)[order.to(layer.weight.device)]
+        return dataclasses.replace(layer, weight=values.reshape(layer.shape))
+
+    return [layer if layer.live == layer.size else dealt(layer) for layer in layers]
+
+
 def _spread(layer: Layer, count: int) -> Layer:
     generator = layer.generator
     assert generator is not None

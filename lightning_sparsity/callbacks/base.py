@@ -17,6 +17,7 @@ from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.keeper import MaskKeeper
 from lightning_sparsity.core.layer import Distribution, Layers, Ramp, Rule, call_of, errors_of
 from lightning_sparsity.core.method import Observe, Role, Share
+from lightning_sparsity.core.view import ModelView
 from lightning_sparsity.core.window import Interval, Window
 from lightning_sparsity.distributions import fixes_total, per_layer
 from lightning_sparsity.reports import allocation_table
@@ -177,10 +178,23 @@ class MaskCallback(SparsityCallback):
             self._check_units(layer.structure, f"{self._name}: {layer.name} is cut otherwise")
         self._budget.check(layers)
 
+    def estimate(self, layers: Layers, share: Share, view: ModelView) -> Layers:
+        """Look at the model and its data before beginning; this one need not.
+
+        Args:
+            layers: The layers of one optimizer.
+            share: What part of the whole they are.
+            view: The model, with all its layers as the methods before left them.
+
+        Returns:
+            The layers with what :meth:`begin` needs, such as a score in a slot.
+        """
+        return layers
+
     @property
     def only_prunes(self) -> bool:
         """Whether no update ever brings a unit to life."""
-        return isinstance(self.rule, drop)
+        return isinstance(self.rule, drop) or self.role == "initial"
 
     def begin(self, layers: Layers, share: Share) -> Layers:
         """Make masks, or fit those that were found to what was asked.
@@ -208,7 +222,7 @@ class MaskCallback(SparsityCallback):
                 f"{self._name}(density=None): no earlier callback made masks, so a density is "
                 f"needed; for 90% sparsity pass {self._name}(density=0.1)."
             )
-        rule = _adapt if share.found else self.initial
+        rule = _adapt if share.found and self.role == "updater" else self.initial
         return rule(layers, self._budget.first(layers, share), 0.0)
 
     def update(self, layers: Layers, share: Share, progress: float) -> Layers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +64,8 @@ class Budgeter:
             density = density_of(layers) if share.found else 1.0
         start = {layer.name: layer.live for layer in layers}
         like = start if share.found and self.given is None else None
-        return self._counts(_all_live(layers), density, _part(density, layers, share), like)
+        there = layers if share.found and self.only_prunes else _all_live(layers)
+        return self._counts(there, density, _part(density, layers, share), like)
 
     def on_the_way(self, layers: Layers, share: Share, progress: float) -> list[int]:
         """Live units per layer where the ramp has come to, ``progress`` in [0, 1]."""
@@ -125,7 +127,8 @@ class Budgeter:
         asked = self.density is not None or fixes_total(self.distribution)
         if asked and not needs_gradient(self.distribution):
             density = 1.0 if self.density is None else self.density
-            self._counts(_all_live(layers), density, round(density * _size(layers)), None)
+            with suppress(KeyError):  # a slot that is not filled yet: ranks, and can be met
+                self._counts(_all_live(layers), density, round(density * _size(layers)), None)
 
     def check_found(self, layers: Layers, share: Share) -> None:
         """Raise ``ValueError`` if what was given contradicts itself or the layers."""

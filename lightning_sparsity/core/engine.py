@@ -22,6 +22,7 @@ from lightning_sparsity.core.parameter import SparseParameter
 from lightning_sparsity.core.plan import Assignment, check_order, check_windows
 from lightning_sparsity.core.randomness import generator
 from lightning_sparsity.core.run import Owner, Run, by_optimizer, carry_over, census
+from lightning_sparsity.core.view import ModelView
 from lightning_sparsity.ops.selection import NonFiniteScoreError
 
 
@@ -147,7 +148,7 @@ class Engine:
                 run.steps = steps if run.key == a.key else run.steps
         check_windows(windows)
 
-    def begin(self, seed: int, steps: int, strict: bool) -> None:
+    def begin(self, seed: int, steps: int, strict: bool, view: ModelView | None = None) -> None:
         """Begin every initial method, then the first updater on each parameter.
 
         Nothing is written before all of them have succeeded.
@@ -156,6 +157,7 @@ class Engine:
             seed: Of random choices.
             steps: Optimizer steps that the training has behind it.
             strict: Whether a ramp that this training never reaches is an error.
+            view: The model, for methods that look at it; None: they cannot.
         """
         self.seed = seed
         for owner in self.owners:
@@ -174,7 +176,7 @@ class Engine:
             if a.method.role == "initial" or not names & taken:
                 found = bool(names & made.keys())
                 mine = [run for run in self.runs if run.key == a.key]
-                shares += [(run, self._begin(run, layers, found)) for run in mine]
+                shares += [(run, self._begin(run, layers, found, view)) for run in mine]
             taken |= names if a.method.role == "updater" else set()
             left = a.method.density or density_of([layers[name] for name in a.names])
             made |= dict.fromkeys(a.names, (a.key, left))
@@ -191,7 +193,9 @@ class Engine:
                     f"and training is from step {run.owner.steps} to {self.total:g}."
                 )
 
-    def _begin(self, run: Run, layers: dict[str, Layer], found: bool) -> Share:
+    def _begin(
+        self, run: Run, layers: dict[str, Layer], found: bool, view: ModelView | None = None
+    ) -> Share:
         """Let a method take over; ``layers`` are replaced by what it makes of them."""
         sizes, index = run.among(self.runs)
         names = next(a.names for a in self._assignments if a.key == run.key)
@@ -200,6 +204,11 @@ class Engine:
             dataclasses.replace(layers[fresh.name], generator=fresh.generator)
             for fresh in self._layers(run)
         ]
+        if view is not None:
+            try:
+                mine = list(run.method.estimate(mine, share, view.of(layers.values())))
+            except MisconfigurationException as error:
+                raise MisconfigurationException(f"{run.key}: {error}") from None
         begun = run.method.begin(mine, share)
         layers |= {layer.name: layer for layer in begun}
         return dataclasses.replace(share, start={layer.name: layer.live for layer in begun})

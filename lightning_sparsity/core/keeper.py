@@ -20,6 +20,7 @@ from lightning_sparsity.core.plan import assign
 from lightning_sparsity.core.randomness import default_seed, set_rng_state
 from lightning_sparsity.core.run import Run
 from lightning_sparsity.core.state import mask_weights
+from lightning_sparsity.core.view import ModelView
 from lightning_sparsity.ops.masked import apply_gate
 
 _REFUSED_STRATEGIES = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
@@ -105,7 +106,8 @@ class MaskKeeper(Callback):
         else:  # steps lie behind where a dense training goes on
             steps = trainer.global_step // max(len(trainer.optimizers), 1)
             seed = int(trainer.strategy.broadcast(default_seed()))
-            engine.begin(seed, steps, strict=not dev_run)
+            view = ModelView(trainer, pl_module)
+            engine.begin(seed, steps, strict=not dev_run, view=view)
             if not dev_run:
                 engine.warn_of_idle_methods()
         engine.enforce()

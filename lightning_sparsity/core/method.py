@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_sparsity.core.capture import Statistic
 from lightning_sparsity.core.filters import Selection
 from lightning_sparsity.core.layer import Layer, Layers, Rule
+from lightning_sparsity.core.view import ModelView
 from lightning_sparsity.core.window import Window
 from lightning_sparsity.structures import Structure
 
@@ -81,6 +82,19 @@ class Method(Protocol):
 
         Args:
             layers: Every layer of the method.
+        """
+        ...
+
+    def estimate(self, layers: Layers, share: Share, view: ModelView) -> Layers:
+        """Look at the model and its data before beginning, at the start of training.
+
+        Args:
+            layers: The layers of one optimizer.
+            share: What part of the whole they are.
+            view: The model, with all its layers as the methods before left them.
+
+        Returns:
+            The layers with what :meth:`begin` needs, such as a score in a slot.
         """
         ...
 

@@ -10,11 +10,10 @@ from lightning_sparsity import NM, NeST, StaticSparse
 from lightning_sparsity.callbacks.dynamic.nest import (
     average_gradient,
     downhill,
-    forget_gradient,
     mean_gradient,
 )
 from lightning_sparsity.core.layer import Layer
-from lightning_sparsity.rules import grow
+from lightning_sparsity.rules import forget, grow
 from lightning_sparsity.testing import fit
 
 NUMEL = 8 * 9 + 128 * 16 + 16 * 4
@@ -41,7 +40,7 @@ def gathered(*grads: torch.Tensor, lr: float | None = 0.1) -> Layer:
 def test_gradients_are_averaged() -> None:
     layer = gathered(*GRADS)
     assert mean_gradient(layer).tolist() == [9, 9, 0, 2, 1, 0]
-    (fresh,) = forget_gradient([layer], [2], 0.0)
+    (fresh,) = forget("mean_gradient", "gradient_count", "absent")([layer], [2], 0.0)
     assert not fresh.slots
     assert layer.slots, "a rule writes nothing"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from torch import Tensor
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
-from lightning_sparsity.core.layer import Budget, Curve, Distribution, Layer, Layers, Rule
+from lightning_sparsity.core.layer import Curve, Distribution, Layer, Layers, Rule
 from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import fixes_total, uniform
-from lightning_sparsity.rules import chain, drop, grow
+from lightning_sparsity.rules import chain, drop, forget, grow
 from lightning_sparsity.scores import magnitude, random, without_gradient
 from lightning_sparsity.structures import NM, Structure
 
@@ -115,7 +114,7 @@ class NeST(MaskCallback):
             update=chain(
                 drop(magnitude),
                 grow(mean_gradient, start=downhill(new_weight_scale)),
-                forget_gradient,
+                forget("mean_gradient", "gradient_count"),
             ),
             ramp=rise_and_fall(peak_density, growth_end),
             initial_density=first,
@@ -188,18 +187,6 @@ def average_gradient(layer: Layer) -> Mapping[str, Tensor]:
 def mean_gradient(layer: Layer) -> Tensor:
     """Size of the mean gradient; 0 where the layer had none."""
     return layer.slots.get("mean_gradient", torch.zeros_like(layer.weight)).abs()
-
-
-@without_gradient
-def forget_gradient(layers: Layers, budget: Budget, progress: float) -> Layers:
-    """Begin a new mean."""
-    gathered = ("mean_gradient", "gradient_count")
-    return [
-        dataclasses.replace(
-            layer, slots={name: t for name, t in layer.slots.items() if name not in gathered}
-        )
-        for layer in layers
-    ]
 
 
 @dataclass(frozen=True)

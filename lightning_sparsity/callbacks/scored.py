@@ -1,0 +1,160 @@
+"""ScoredStart: what methods share that score the untrained model before the first step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_sparsity.callbacks.base import MaskCallback
+from lightning_sparsity.core.filters import Selection, linear_and_conv
+from lightning_sparsity.core.layer import Distribution, Layers, Rule
+from lightning_sparsity.core.method import Share
+from lightning_sparsity.core.randomness import default_seed
+from lightning_sparsity.core.view import LossFunction, ModelView, Pass
+from lightning_sparsity.distributions import global_by
+from lightning_sparsity.rules import chain, drop, forget
+from lightning_sparsity.scores import slot
+from lightning_sparsity.starts import redraw, shuffle_within_layers
+from lightning_sparsity.structures import Structure
+
+_SCORE = "score"
+
+
+class ScoredStart(MaskCallback):
+    """Prunes the model once, before the first step, by a score that a pass over it gives.
+
+    The pass leaves no trace: weights, gradients, buffers, random numbers and the order of the
+    training data are as without it. Under several processes scores are averaged.
+
+    Args:
+        density: Live share of all sparse weights, in (0, 1].
+        distribution: How ``density`` is split over layers, or densities by name pattern;
+            default: the scores of all layers are ranked together.
+        batches: How many batches are looked at, at least 1.
+        data: Where they come from: batches or a loader; None: the Trainer's training data, in
+            an order of its own.
+        loss_fn: ``loss_fn(pl_module, batch)`` gives the loss; None: ``training_step`` does.
+        mode: "train" or "eval": of all modules in the pass.
+        shuffle: A control (Frankle et al., 2021): the places of each layer's live weights are
+            drawn at random.
+        reinitialize: Another control: the values of each layer are dealt out anew.
+        include: Which parameters are sparse: names, patterns, module types, callables.
+        exclude: Which of those are left dense.
+        structure: What one unit is, such as ``Rows()``; default single weights.
+        seed: Of the order of the data and of the controls; default that of
+            ``seed_everything``.
+        single_weights: Whether the method makes sense for single weights only.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        TypeError: If an argument is of the wrong type.
+    """
+
+    dtype: ClassVar[torch.dtype] = torch.float32
+    revives: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        density: float | None = None,
+        *,
+        distribution: Mapping[str, float] | Distribution | None = None,
+        batches: int = 1,
+        data: Iterable[Any] | None = None,
+        loss_fn: LossFunction | None = None,
+        mode: Literal["train", "eval"] = "train",
+        shuffle: bool = False,
+        reinitialize: bool = False,
+        include: Selection = linear_and_conv,
+        exclude: Selection = (),
+        structure: Structure | None = None,
+        seed: int | None = None,
+        single_weights: bool = False,
+    ) -> None:
+        self._check_count("batches", batches)
+        self._check_callable("loss_fn", loss_fn, "a function of the module and a batch")
+        if mode not in ("train", "eval"):
+            raise ValueError(f'{self._name}(mode={mode!r}): must be "train" or "eval".')
+        for name, value in (("shuffle", shuffle), ("reinitialize", reinitialize)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{self._name}({name}={value!r}): must be True or False.")
+        if data is not None and not isinstance(data, Iterable):
+            raise TypeError(f"{self._name}(data={data!r}): must be batches, such as a DataLoader.")
+        self.batches = batches
+        self.data = data
+        self.loss_fn = loss_fn
+        self.mode: Literal["train", "eval"] = mode
+        place: list[Rule] = [drop(slot(_SCORE)), forget(_SCORE)]
+        place += [shuffle_within_layers] if shuffle else []
+        place += [redraw] if reinitialize else []
+        super().__init__(
+            density=density,
+            distribution=distribution,
+            default_distribution=global_by(slot(_SCORE)),
+            initial=chain(*place),
+            include=include,
+            exclude=exclude,
+            structure=structure,
+            seed=seed,
+            role="initial",
+            single_weights=single_weights,
+        )
+
+    def score(self, opened: Pass, layers: Layers, batches: Sequence[Any]) -> dict[str, Tensor]:
+        """Scores of the weights of ``layers``, which are in the model as their masks have them.
+
+        Args:
+            opened: A copy of the model.
+            layers: The layers.
+            batches: The data.
+
+        Returns:
+            By parameter name: at least 0, shape of the weight, larger = keep.
+        """
+        raise NotImplementedError
+
+    def rounds(self, density: float) -> list[float]:
+        """Densities to prune to, one after the other, each after scoring; the last is ``density``.
+
+        Args:
+            density: The one asked for.
+        """
+        return [density]
+
+    def estimate(self, layers: Layers, share: Share, view: ModelView) -> Layers:
+        """Score the layers, pruning and scoring again where the method has several rounds."""
+        found = sum(layer.live for layer in layers) / sum(layer.size for layer in layers)
+        asked = self.density
+        if asked is None or asked >= found:
+            asked = found
+        seed = default_seed() if self.seed is None else self.seed
+        rounds = self.rounds(asked)
+        with view.open(layers, mode=self.mode, dtype=self.dtype, seed=seed) as opened:
+            batches = opened.batches(self.batches, self.data) if self.batches else []
+            for density in rounds[:-1]:
+                layers = self._scored(opened, layers, batches)
+                budget = dataclasses.replace(self._budget, density=min(density, found))
+                layers = drop(slot(_SCORE))(layers, budget.first(layers, share), 0.0)
+                opened.put(layers)
+            return self._scored(opened, layers, batches)
+
+    def _scored(self, opened: Pass, layers: Layers, batches: Sequence[Any]) -> Layers:
+        scores = self.score(opened, layers, batches)
+        if self.revives:  # what earlier rounds pruned may come back
+            layers = [
+                dataclasses.replace(layer, mask=torch.ones_like(layer.mask)) for layer in layers
+            ]
+        return [
+            dataclasses.replace(layer, slots={**layer.slots, _SCORE: scores[layer.name].detach()})
+            for layer in layers
+        ]
+
+    def _check_count(self, name: str, value: object, least: int = 1) -> None:
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{self._name}({name}={value!r}): must be an int >= {least}.")
+        if int(value) < least:
+            raise ValueError(f"{self._name}({name}={value!r}): must be at least {least}.")

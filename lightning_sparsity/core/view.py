@@ -1,0 +1,279 @@
+"""ModelView: the model and its data for scores that need a pass, without a trace in training."""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.apply_func import apply_to_collection
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
+
+from lightning_sparsity.core.filters import plain_name
+from lightning_sparsity.core.layer import Layer, Layers
+from lightning_sparsity.core.ranks import mean_over_ranks
+
+LossFunction = Callable[[pl.LightningModule, Any], Tensor]
+"""Gets the LightningModule and a batch, and returns the loss, a scalar."""
+
+
+class ModelView:
+    """The model as a method may use it before the first step.
+
+    Args:
+        trainer: The Trainer.
+        module: The LightningModule, not wrapped.
+        layers: Layers that stand for weights of the module.
+    """
+
+    def __init__(
+        self, trainer: pl.Trainer, module: pl.LightningModule, layers: Iterable[Layer] = ()
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._layers = tuple(layers)
+
+    def of(self, layers: Iterable[Layer]) -> ModelView:
+        """The model with these layers in it."""
+        return ModelView(self._trainer, self._module, layers)
+
+    @contextmanager
+    def open(
+        self,
+        layers: Layers,
+        *,
+        mode: Literal["train", "eval"] = "train",
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> Iterator[Pass]:
+        """Work on copies of all parameters and buffers; nothing that happens inside stays.
+
+        What is put back or never touched: parameters, gradients, buffers, the training mode of
+        every module, tensors, lists, dicts and numbers that modules have as attributes (the
+        states of metrics, say), and the random numbers of torch, NumPy and Python. Logging is
+        silent, autocasting off, and a compiled module runs eagerly.
+
+        Args:
+            layers: Put their weights, times their masks, into the copy, those of all others
+                as the methods before left them.
+            mode: "train" or "eval", for all modules.
+            dtype: Of the copies and of what is floating point in batches.
+            seed: Of random numbers drawn inside.
+
+        Yields:
+            The copy of the model.
+        """
+        modules = list(self._module.modules())
+        saved = [(module, dict(vars(module))) for module in modules]
+        copies: dict[int, Any] = {}
+        device = next((p.device.type for p in self._module.parameters()), "cpu")
+        with ExitStack() as stack:
+            stack.enter_context(isolate_rng(include_cuda=True))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.autocast(device, enabled=False))
+            if hasattr(torch.compiler, "set_stance"):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            torch.manual_seed(seed)
+            try:
+                for module in modules:
+                    _copy_into(module, copies, dtype)
+                    module.training = mode == "train"
+                for name in ("log", "log_dict"):
+                    vars(self._module)[name] = _log_nothing
+                opened = Pass(self._trainer, self._module, dtype, seed)
+                opened.put(self._layers)
+                opened.put(layers)
+                yield opened
+            finally:
+                for module, attributes in saved:
+                    vars(module).clear()
+                    vars(module).update(attributes)
+
+
+class Pass:
+    """A copy of the model, open for scoring.
+
+    Attributes:
+        module: The LightningModule, with copies in the place of its parameters.
+        weights: The copy of every parameter, by plain name.
+    """
+
+    def __init__(
+        self, trainer: pl.Trainer, module: pl.LightningModule, dtype: torch.dtype, seed: int
+    ) -> None:
+        self.module = module
+        self.weights = {plain_name(name): p for name, p in module.named_parameters()}
+        self._trainer = trainer
+        self._dtype = dtype
+        self._seed = seed
+
+    @torch.no_grad()
+    def put(self, layers: Layers) -> None:
+        """Give the copy the weights of ``layers``, zero off their masks."""
+        for layer in layers:
+            self.weights[layer.name].copy_(layer.weight * layer.mask)
+
+    def batches(self, count: int, data: Iterable[Any] | None = None) -> list[Any]:
+        """The first batches of a fresh iterator, moved to the device.
+
+        Args:
+            count: How many; fewer if there are no more.
+            data: Where they come from; None: what the Trainer trains on, in an order of its
+                own, each rank its own part.
+
+        Raises:
+            MisconfigurationException: If the Trainer's loader cannot be iterated without
+                disturbing training.
+            ValueError: If there is no batch.
+        """
+        source = self._fresh_loader() if data is None else data
+        found = [self._moved(batch) for batch in islice(iter(source), count)]
+        if not found:
+            raise ValueError("the data for scoring is empty: there is no batch.")
+        return found
+
+    def loss(self, batch: Any, loss_fn: LossFunction | None = None) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            batch: From :meth:`batches`.
+            loss_fn: How it is computed; None: the model's ``training_step``.
+
+        Raises:
+            MisconfigurationException: If there is no ``loss_fn`` and the model's
+                ``training_step`` cannot be asked, or returns no loss.
+        """
+        if loss_fn is not None:
+            return loss_fn(self.module, batch)
+        step = self.module.training_step
+        wanted = list(inspect.signature(step).parameters)
+        if not self.module.automatic_optimization or wanted[:1] == ["dataloader_iter"]:
+            raise MisconfigurationException(
+                "the training_step of this model steps its optimizers, or fetches its own data, "
+                "and cannot be asked for a loss alone; give loss_fn=, a function of the module and "
+                "a batch."
+            )
+        found = step(batch, 0) if len(wanted) > 1 else step(batch)
+        loss = found.get("loss") if isinstance(found, Mapping) else found
+        if not isinstance(loss, Tensor):
+            raise MisconfigurationException(
+                f"training_step returned {type(loss).__name__}, not a loss; give loss_fn=, a "
+                "function of the module and a batch."
+            )
+        return loss
+
+    def gradients(
+        self,
+        names: Sequence[str],
+        batches: Sequence[Any],
+        loss_fn: LossFunction | None = None,
+    ) -> dict[str, Tensor]:
+        """Mean gradient of the loss over batches and ranks, dense, by parameter name."""
+        total = {name: torch.zeros_like(self.weights[name]) for name in names}
+        for batch in batches:
+            found = torch.autograd.grad(
+                self.loss(batch, loss_fn), [self.weights[n] for n in names], allow_unused=True
+            )
+            for name, grad in zip(names, found, strict=True):
+                if grad is not None:
+                    total[name] += grad.detach() / len(batches)
+        return {name: mean_over_ranks(grad) for name, grad in total.items()}
+
+    def _moved(self, batch: Any) -> Any:
+        batch = self.module._on_before_batch_transfer(batch, dataloader_idx=0)
+        batch = self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+        return apply_to_collection(batch, Tensor, cast)
+
+    def _fresh_loader(self) -> DataLoader[Any]:
+        """A loader like the Trainer's, with an iterator and an order of its own."""
+        loader: Any = self._trainer.train_dataloader
+        plain = (
+            isinstance(loader, DataLoader)
+            and not isinstance(loader.dataset, IterableDataset)
+            and type(loader.batch_sampler) is BatchSampler
+            and isinstance(loader.sampler, RandomSampler | SequentialSampler | DistributedSampler)
+        )
+        if not plain:
+            raise MisconfigurationException(
+                f"the training data is a {type(loader).__name__} of a kind that cannot be read "
+                "without disturbing training (an iterable data set, a sampler of its own, several "
+                "loaders, or no DataLoader); give data=, batches or a loader just for scoring."
+            )
+        sampler = loader.sampler
+        in_order = isinstance(sampler, SequentialSampler) or not getattr(sampler, "shuffle", True)
+        order = torch.Generator().manual_seed(self._seed)
+        world = self._trainer.world_size
+        if world > 1:
+            sampler = DistributedSampler(
+                loader.dataset,
+                num_replicas=world,
+                rank=self._trainer.global_rank,
+                shuffle=not in_order,
+                seed=self._seed % 2**31,
+            )
+        elif not in_order:
+            sampler = RandomSampler(loader.dataset, generator=order)
+        else:
+            sampler = SequentialSampler(loader.dataset)
+        return DataLoader(
+            loader.dataset,
+            batch_size=loader.batch_size,
+            sampler=sampler,
+            collate_fn=loader.collate_fn,
+            drop_last=loader.drop_last,
+            generator=order,
+        )
+
+
+def _copy_into(module: nn.Module, copies: dict[int, Any], dtype: torch.dtype) -> None:
+    """Give a module copies in the place of all that a forward pass could change."""
+
+    def copy(value: Any) -> Any:
+        if id(value) in copies:
+            return copies[id(value)]
+        made = value
+        if isinstance(value, nn.Parameter):
+            made = nn.Parameter(value.detach().clone().to(_floating(value, dtype)))
+            made.requires_grad_(made.is_floating_point())
+        elif isinstance(value, Tensor):
+            made = value.detach().clone().to(_floating(value, dtype))
+        elif type(value) in (list, set, deque):
+            made = type(value)(copy(item) for item in value)
+        elif type(value) is dict:
+            made = {key: copy(item) for key, item in value.items()}
+        if made is not value:
+            copies[id(value)] = made
+        return made
+
+    attributes = vars(module)
+    for name, value in list(attributes.items()):
+        if name == "_modules" or name.endswith("_hooks") or name.endswith("_hooks_with_kwargs"):
+            continue
+        attributes[name] = copy(value)
+
+
+def _floating(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype if tensor.is_floating_point() else tensor.dtype
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stands for the logging of a model that is only being scored."""
