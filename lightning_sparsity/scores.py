@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -32,6 +33,20 @@ def without_gradient(function: _F) -> _F:
 def needs_gradient(part: object) -> bool:
     """Whether a score, rule or distribution reads ``layer.grad`` (True if it doesn't say)."""
     return bool(getattr(part, "needs_gradient", True))
+
+
+def observed_by(*parts: object) -> Callable[[Layer], Mapping[str, Tensor]] | None:
+    """The ``observe=`` that gathers what all these scores read; None if they need nothing."""
+    found = tuple(o for part in parts if (o := getattr(part, "observe", None)) is not None)
+    return found[0] if len(found) == 1 else _together(found) if found else None
+
+
+@dataclass(frozen=True)
+class _together:
+    parts: tuple[Callable[[Layer], Mapping[str, Tensor]], ...]
+
+    def __call__(self, layer: Layer) -> Mapping[str, Tensor]:
+        return {name: tensor for part in self.parts for name, tensor in part(layer).items()}
 
 
 @without_gradient
@@ -97,13 +112,16 @@ class momentum(Scorer):
         beta: Share of the old mean that stays at every step, in [0, 1).
 
     Raises:
-        ValueError: If ``beta`` lies outside [0, 1).
+        TypeError: If ``beta`` is not a number.
+        ValueError: If it lies outside [0, 1).
     """
 
     beta: float = 0.9
     needs_gradient: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.beta, bool) or not isinstance(self.beta, Real):
+            raise TypeError(f"{self}: beta must be a number in [0, 1); 0.9 is usual.")
         if not 0 <= self.beta < 1:
             raise ValueError(f"{self}: beta must lie in [0, 1); 0.9 is usual.")
 
@@ -120,6 +138,7 @@ class momentum(Scorer):
         grad = _grad(layer, "momentum")
         mean = layer.slots.get("momentum")
         mean = torch.zeros_like(grad) if mean is None else mean
+        grad = torch.where(grad.isfinite().all(), grad, mean)  # one infinity would stay for ever
         return {"momentum": mean.lerp(grad, 1 - self.beta)}
 
 
@@ -179,6 +198,11 @@ class drawn_by(Scorer):
     def needs_gradient(self) -> bool:
         """Whether the score reads gradients."""
         return needs_gradient(self.score)
+
+    @property
+    def observe(self) -> Callable[[Layer], Mapping[str, Tensor]] | None:
+        """What the score gathers, if anything."""
+        return observed_by(self.score)
 
     def __call__(self, layer: Layer) -> Tensor:
         """Score of ``layer``: a draw from its generator; float64, shape of the weight."""

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_sparsity.core.layer import Budget, Layer, Layers
+from lightning_sparsity.core.layer import Budget, Layer, Layers, Verb
 from lightning_sparsity.ops.selection import sample
 from lightning_sparsity.rules import drop
 from lightning_sparsity.scores import random, without_gradient
@@ -47,7 +47,7 @@ def sparse_kaiming_normal(layers: Layers, budget: Budget, progress: float) -> La
 
 
 @dataclass(frozen=True)
-class sparse_uniform:
+class sparse_uniform(Verb):
     r"""Draw weights from :math:`U(-1/k, 1/k)` and biases from :math:`U(-1/\sqrt k, 1/\sqrt k)`.
 
     :math:`k` is the number of live inputs of the neuron. The start of the Redr algorithms

@@ -70,6 +70,7 @@ class Engine:
         self._warn = warn
         self._epoch = 0
         self._ending: int | None = None
+        self._nearing: int | None = None
         self._in_batch = False
         self.follow_optimizers()
 
@@ -233,20 +234,27 @@ class Engine:
 
     # ---------------------------------------------------------------------- each batch
 
-    def start_batch(self, epoch: int, is_last: bool) -> None:
+    def start_batch(self, epoch: int, is_last: bool, nears_last: bool) -> None:
         """Optimizer steps count as training from here.
 
         Args:
             epoch: The current epoch.
             is_last: Whether this is its last batch.
+            nears_last: Whether this batch is accumulated for the last step of the epoch.
         """
         self._in_batch, self._epoch = True, epoch
         self._ending = epoch if is_last else None
+        self._nearing = epoch if nears_last else None
         self.follow_optimizers()
         for owner in self.owners:
             self._undo_foreign_writes(owner)
+        self._capture()
+
+    def _capture(self) -> None:
+        """Record activations if an update that reads them follows the next step."""
         for run in self.runs:
-            if run.method.statistics and self._is_due(run, ahead=1) and not run.owner.capture:
+            due = run.due(self._nearing, self.total, ahead=1)
+            if run.method.statistics and due and not run.owner.capture:
                 mates = [r for r in self.runs if r.owner is run.owner]
                 wanted = {statistic for mate in mates for statistic in mate.method.statistics}
                 run.owner.capture = Capture(run.owner.parameters, wanted)
@@ -294,14 +302,18 @@ class Engine:
             self._keep_gradients(owner, copy=False)
         if not (owner.masked and self._trusted and owner.keeps_zeros()):
             self.masks.enforce(owner.stepping, optimizer)
+        active = [run for run in self.runs if run.owner is owner and not run.is_over]
         owner.steps += 1
-        for name, slots in owner.observed.items():
+        for name, (_, slots) in owner.observed.items():
             self.masks[name].slots.update(slots)
         for run in self.runs:
             if run.owner is owner and self._is_due(run):
                 self._update(run)
+            if run in active:
+                self._forget_slots(run)
         owner.forget()
         owner.remember()
+        self._capture()
 
     def _keep_gradients(self, owner: Owner, copy: bool) -> None:
         """Show dense gradients to the methods that observe, keep them for due updates."""
@@ -316,7 +328,8 @@ class Engine:
                 owner.kept = dense
                 for layer in self._layers(run):
                     if layer.grad is not None and run.method.observe is not None:
-                        owner.observed[layer.name] = dict(run.method.observe(layer))
+                        found = dict(run.method.observe(layer))
+                        owner.observed[layer.name] = (run.key, found)
         wanted = {
             name
             for run in runs
@@ -329,11 +342,21 @@ class Engine:
 
     def _skip(self, owner: Owner) -> None:
         """A step that a GradScaler or an empty loss took away: time passes, updates wait."""
-        for run in self.runs:
-            if run.owner is owner:
-                run.pending |= self._is_due(run, ahead=1)
+        active = [run for run in self.runs if run.owner is owner and not run.is_over]
+        for run in active:
+            run.pending |= self._is_due(run, ahead=1)
         owner.steps += 1
         owner.forget()
+        for run in active:
+            self._forget_slots(run)
+
+    def _forget_slots(self, run: Run) -> None:
+        """Let go of a method's slots once its window is behind it, unless training ends there."""
+        if run.is_over and run.steps is not None and run.steps.end < self.total:
+            for name in run.names:
+                gatherer, fresh = run.owner.observed.get(name, (run.key, {}))
+                # the next method may have begun to gather in this step
+                self.masks[name].slots = {} if gatherer == run.key else dict(fresh)
 
     def _update(self, run: Run) -> None:
         run.updates += 1
@@ -358,16 +381,21 @@ class Engine:
         run.last_epoch = self._epoch
 
     def _with_gradient(self, run: Run, layers: Layers) -> Layers:
-        if not run.method.needs_gradient:
-            return layers
+        """The layers that have what an update of them reads."""
+        ready = [
+            layer
+            for layer in layers
+            if (layer.grad is not None or not run.method.needs_gradient)
+            and (layer.slots or run.method.observe is None)
+        ]
         for layer in layers:
-            if layer.grad is None:
+            if layer not in ready:
                 self._warn(
                     f"{run.key} {layer.name}",
                     f"{run.key}: {layer.name} got no gradient in an update step and is left as "
                     "it is.",
                 )
-        return [layer for layer in layers if layer.grad is not None]
+        return ready
 
     # ---------------------------------------------------------------------- what is odd
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -142,7 +143,8 @@ class MaskKeeper(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Optimizer steps count as training from here."""
-        self._running.start_batch(trainer.current_epoch, trainer.is_last_batch)
+        last = trainer.is_last_batch
+        self._running.start_batch(trainer.current_epoch, last, last or _nears_last_step(trainer))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -240,6 +242,14 @@ def _nobody() -> None:
 
 def _callbacks(trainer: pl.Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
+
+
+def _nears_last_step(trainer: pl.Trainer) -> bool:
+    """Whether the batch is accumulated for the last step of the epoch, where that is known."""
+    batches, together = trainer.num_training_batches, trainer.accumulate_grad_batches
+    if not math.isfinite(batches):
+        return False
+    return trainer.fit_loop.batch_idx >= (int(batches) - 1) // together * together
 
 
 def _forget_early_data(trainer: pl.Trainer) -> None:

@@ -31,6 +31,8 @@ class Layer:
         generator: CPU generator of this layer and update, the same on every rank.
         bias: The bias of the layer's output units, detached, if it has one.
         lr: Learning rate of the optimizer step that was just made, if there is one.
+        place: Number of the layer among all linear and convolutional layers of the model, in
+            its order; None: unknown.
         barred: Same shape as the mask, True = may not come to life in this update as long
             as there is room elsewhere; None: nothing is.
     """
@@ -46,6 +48,7 @@ class Layer:
     generator: torch.Generator | None = None
     bias: Tensor | None = None
     lr: float | None = None
+    place: int | None = None
     barred: Tensor | None = None
 
     @property
@@ -148,6 +151,14 @@ class Scorer:
 
     def __call__(self, layer: Layer) -> Tensor:
         """Per-weight score of ``layer``, shape of its weight."""
+        raise NotImplementedError
+
+
+class Verb:
+    """Base of the rules that are classes; command lines look for it."""
+
+    def __call__(self, layers: Layers, budget: Budget, progress: float) -> Layers:
+        """The layers, changed."""
         raise NotImplementedError
 
 

@@ -22,6 +22,7 @@ class SparseParameter:
     Args:
         candidate: The parameter and where it is in the model.
         structure: What one unit is.
+        place: Number of the layer among the linear and convolutional ones of the model.
 
     Attributes:
         name: Plain parameter name.
@@ -32,13 +33,16 @@ class SparseParameter:
         slots: Tensors that a method keeps for this weight.
     """
 
-    def __init__(self, candidate: Candidate, structure: Structure) -> None:
+    def __init__(
+        self, candidate: Candidate, structure: Structure, place: int | None = None
+    ) -> None:
         self.name = candidate.name
         self.aliases = candidate.aliases
         self.parameter: nn.Parameter = candidate.parameter
         self.module = candidate.module
         self.layout = candidate.layout
         self.structure = structure
+        self.place = place
         self.mask = torch.ones_like(candidate.parameter, dtype=torch.bool)
         self.slots: dict[str, Tensor] = {}
         self._live: int | None = None
@@ -121,6 +125,7 @@ class SparseParameter:
             generator=generator,
             bias=None if self.bias is None else self.bias.detach(),
             lr=lr,
+            place=self.place,
         )
 
     def __repr__(self) -> str:

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_sparsity.core.filters import Candidate, candidates, select
+from lightning_sparsity.core.filters import Candidate, candidates, linear_and_conv, select
 from lightning_sparsity.core.layer import errors_of
 from lightning_sparsity.core.method import Method
 from lightning_sparsity.core.parameter import SparseParameter
@@ -60,7 +60,9 @@ def assign(
         _check_capture(key, method, found)
         assignments.append(Assignment(key, method, tuple(c.name for c in found)))
     ordered = [chosen[c.name] for c in pool if c.name in chosen]
-    return assignments, [SparseParameter(candidate, unit) for candidate, unit, _ in ordered]
+    places = {c.name: n for n, c in enumerate(c for c in pool if linear_and_conv(c))}
+    parameters = [SparseParameter(c, unit, places.get(c.name)) for c, unit, _ in ordered]
+    return assignments, parameters
 
 
 def check_windows(windows: Sequence[tuple[str, Steps, frozenset[str]]]) -> None:

@@ -40,7 +40,8 @@ class Owner:
         steps: Steps it was asked for in training, skipped ones included.
         masked: Whether gradients were masked for a step that has not come yet.
         kept: Dense gradients of this step, by parameter name, where a method needs them.
-        observed: New slots by parameter name, for when the step turns out to be real.
+        observed: By parameter name, new slots and the key of the method that they are for, for
+            when the step turns out to be real.
         capture: Records activations for an update that is due at the next step.
     """
 
@@ -50,7 +51,7 @@ class Owner:
     steps: int = 0
     masked: bool = False
     kept: dict[str, Tensor] = field(default_factory=dict)
-    observed: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    observed: dict[str, tuple[str, dict[str, Tensor]]] = field(default_factory=dict)
     capture: Capture | None = None
     _seen: list[tuple[int, int]] = field(default_factory=list)
 
@@ -151,8 +152,16 @@ class Run:
     @property
     def observes(self) -> bool:
         """Whether the method wants to see dense gradients: an update may still come."""
-        over = self.steps is not None and self.owner.steps >= self.steps.end and not self.pending
-        return self.method.observe is not None and self.share is not None and not over
+        if self.method.observe is None or self.is_over:
+            return False
+        begins = self.steps is not None and self.owner.steps + 1 >= self.steps.start
+        return self.share is not None or begins
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no update can follow any more, in this training or a longer one."""
+        steps = self.steps
+        return steps is not None and self.owner.steps >= steps.end and not self.pending
 
     @property
     def names(self) -> list[str]:

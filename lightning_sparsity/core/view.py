@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -30,6 +31,9 @@ from lightning_sparsity.core.ranks import mean_over_ranks
 
 LossFunction = Callable[[pl.LightningModule, Any], Tensor]
 """Gets the LightningModule and a batch, and returns the loss, a scalar."""
+
+ForwardFunction = Callable[[pl.LightningModule, Any], Tensor]
+"""Gets the LightningModule and a batch, and returns the output of the network."""
 
 
 class ModelView:
@@ -79,6 +83,7 @@ class ModelView:
             The copy of the model.
         """
         modules = list(self._module.modules())
+        trained = {plain_name(n) for n, p in self._module.named_parameters() if p.requires_grad}
         saved = [(module, dict(vars(module))) for module in modules]
         copies: dict[int, Any] = {}
         device = next((p.device.type for p in self._module.parameters()), "cpu")
@@ -95,7 +100,7 @@ class ModelView:
                     module.training = mode == "train"
                 for name in ("log", "log_dict"):
                     vars(self._module)[name] = _log_nothing
-                opened = Pass(self._trainer, self._module, dtype, seed)
+                opened = Pass(self._trainer, self._module, dtype, seed, trained)
                 opened.put(self._layers)
                 opened.put(layers)
                 yield opened
@@ -111,22 +116,51 @@ class Pass:
     Attributes:
         module: The LightningModule, with copies in the place of its parameters.
         weights: The copy of every parameter, by plain name.
+        masks: Of the weights that are sparse, by plain name.
+        trained: Names of the parameters that training changes; the others are frozen.
     """
 
     def __init__(
-        self, trainer: pl.Trainer, module: pl.LightningModule, dtype: torch.dtype, seed: int
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        dtype: torch.dtype,
+        seed: int,
+        trained: Collection[str],
     ) -> None:
         self.module = module
         self.weights = {plain_name(name): p for name, p in module.named_parameters()}
+        self.masks: dict[str, Tensor] = {}
+        self.trained = frozenset(trained)
         self._trainer = trainer
         self._dtype = dtype
         self._seed = seed
+        names = {id(p): name for name, p in self.weights.items()}
+        self._places: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in self.weights}
+        for inner in module.modules():
+            for key, p in inner._parameters.items():
+                if p is not None:  # a tied one has several places
+                    self._places[names[id(p)]].append((inner, key))
 
     @torch.no_grad()
     def put(self, layers: Layers) -> None:
         """Give the copy the weights of ``layers``, zero off their masks."""
         for layer in layers:
             self.weights[layer.name].copy_(layer.weight * layer.mask)
+            self.masks[layer.name] = layer.mask
+
+    def use(self, tensors: Mapping[str, Tensor]) -> None:
+        """Compute with these tensors in the place of parameters; they may have a graph.
+
+        Args:
+            tensors: By plain name; ``weights`` brings the copies back.
+        """
+        for name, tensor in tensors.items():
+            for module, key in self._places[name]:
+                vars(module)["_parameters"][key] = tensor
+        for module in self.module.modules():
+            if isinstance(module, nn.RNNBase):
+                module._flat_weights = [getattr(module, key) for key in module._flat_weights_names]
 
     def batches(self, count: int, data: Iterable[Any] | None = None) -> list[Any]:
         """The first batches of a fresh iterator, moved to the device.
@@ -141,11 +175,56 @@ class Pass:
                 disturbing training.
             ValueError: If there is no batch.
         """
-        source = self._fresh_loader() if data is None else data
-        found = [self._moved(batch) for batch in islice(iter(source), count)]
+        found = list(islice(self.stream(data), count))
         if not found:
             raise ValueError("the data for scoring is empty: there is no batch.")
         return found
+
+    def stream(self, data: Iterable[Any] | None = None) -> Iterator[Any]:
+        """As :meth:`batches`, one at a time, for as long as there are any.
+
+        Args:
+            data: Where they come from; None: what the Trainer trains on.
+
+        Raises:
+            MisconfigurationException: If the Trainer's loader cannot be iterated without
+                disturbing training.
+        """
+        source = self._fresh_loader() if data is None else data
+        return map(self._moved, iter(source))
+
+    def output(self, batch: Any, forward_fn: ForwardFunction | None = None) -> Tensor:
+        """What the network makes of one batch, such as logits.
+
+        Args:
+            batch: From :meth:`batches`.
+            forward_fn: How it is computed; None: the model is called with the first part of
+                the batch.
+
+        Raises:
+            MisconfigurationException: If there is no ``forward_fn`` and the model has no
+                ``forward`` or the batch no first part, or the output is no tensor.
+        """
+        if forward_fn is not None:
+            made = forward_fn(self.module, batch)
+        elif type(self.module).forward is pl.LightningModule.forward:
+            raise MisconfigurationException(
+                f"{type(self.module).__name__} has no forward method; give forward_fn=, a function "
+                "of the module and a batch that returns the output of the network."
+            )
+        elif isinstance(batch, Tensor | tuple | list):
+            made = self.module(batch if isinstance(batch, Tensor) else batch[0])
+        else:
+            raise MisconfigurationException(
+                f"the batch is a {type(batch).__name__}, and nothing says what of it the model "
+                "wants; give forward_fn=, a function of the module and a batch."
+            )
+        if not isinstance(made, Tensor):
+            raise MisconfigurationException(
+                f"the output of the model is a {type(made).__name__}; give forward_fn=, a function "
+                "of the module and a batch that returns a tensor."
+            )
+        return made
 
     def loss(self, batch: Any, loss_fn: LossFunction | None = None) -> Tensor:
         """The loss of one batch.
@@ -193,6 +272,48 @@ class Pass:
                 if grad is not None:
                     total[name] += grad.detach() / len(batches)
         return {name: mean_over_ranks(grad) for name, grad in total.items()}
+
+    def hessian_times(
+        self,
+        vectors: Mapping[str, Tensor],
+        batches: Sequence[Any],
+        loss_fn: LossFunction | None = None,
+    ) -> dict[str, Tensor]:
+        """The Hessian of the mean loss over batches and ranks, times a vector.
+
+        Args:
+            vectors: The parts of the vector, by parameter name; what is not named is held
+                fixed.
+            batches: From :meth:`batches`; one graph at a time is in memory.
+            loss_fn: As for :meth:`loss`.
+        """
+        weights = [self.weights[name] for name in vectors]
+        total = {name: torch.zeros_like(vector) for name, vector in vectors.items()}
+        for batch in batches:
+            with sdpa_kernel(SDPBackend.MATH):  # the fused attentions cannot be derived twice
+                grads = torch.autograd.grad(
+                    self.loss(batch, loss_fn), weights, create_graph=True, allow_unused=True
+                )
+            pairs = zip(grads, vectors.values(), strict=True)
+            along = sum((grad * v).sum() for grad, v in pairs if grad is not None)
+            products = torch.autograd.grad(along, weights, allow_unused=True)
+            for name, product in zip(vectors, products, strict=True):
+                if product is not None:
+                    total[name] += product / len(batches)
+        return {name: mean_over_ranks(product) for name, product in total.items()}
+
+    def sensitivities(
+        self,
+        names: Sequence[str],
+        batches: Sequence[Any],
+        loss_fn: LossFunction | None = None,
+    ) -> dict[str, Tensor]:
+        r"""How the loss changes with a factor on each entry, :math:`w \, \partial L / \partial w`.
+
+        By parameter name, signed; the gradient is that of :meth:`gradients`.
+        """
+        grads = self.gradients(names, batches, loss_fn)
+        return {name: self.weights[name].detach() * grad for name, grad in grads.items()}
 
     def _moved(self, batch: Any) -> Any:
         batch = self.module._on_before_batch_transfer(batch, dataloader_idx=0)

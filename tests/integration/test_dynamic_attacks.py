@@ -250,8 +250,9 @@ def test_chain_removal_does_not_reach_over_an_excluded_layer() -> None:
 
 @pytest.mark.parametrize("bad", [-1.0, float("nan")])
 def test_a_schedule_of_temperatures_below_zero_is_refused(bad: float) -> None:
-    with pytest.raises(ValueError, match=r"DeepR\(temperature=.*"):
-        fit([DeepR(0.3, temperature=lambda _: bad)])
+    schedule: Any = lambda _: bad  # noqa: E731
+    with pytest.raises(ValueError, match=r"DeepR\(temperature="):
+        fit([DeepR(0.3, temperature=schedule)])
 
 
 # Command lines --------------------------------------------------------------------

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
@@ -18,7 +19,7 @@ from lightning_sparsity.core.keeper import MaskKeeper
 from lightning_sparsity.core.layer import Curve, Distribution, Layers
 from lightning_sparsity.core.masks import Masks
 from lightning_sparsity.core.method import Share
-from lightning_sparsity.core.window import Interval
+from lightning_sparsity.core.window import Interval, Steps
 from lightning_sparsity.distributions import global_by
 from lightning_sparsity.rules import chain, drop, grow
 from lightning_sparsity.scores import magnitude, random
@@ -127,6 +128,34 @@ class ACDC(MaskCallback):
         if self.dense_checkpoint is not None and keeper.masks is not None:
             self._network = (pl_module, keeper.masks)
             Path(self.dense_checkpoint).parent.mkdir(parents=True, exist_ok=True)
+        steps = next((run.steps for run in keeper.runs if id(run.method) == id(self)), None)
+        if steps is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._check_phases(steps, trainer)
+
+    def _check_phases(self, steps: Steps, trainer: pl.Trainer) -> None:
+        """Warn if updates are so rare that phases run into each other."""
+        total, epochs = float(trainer.estimated_stepping_batches), trainer.max_epochs or 0
+        each: float = steps.every if isinstance(steps.every, int) else 0
+        if not isinstance(steps.every, int) and epochs > 0 and math.isfinite(total):
+            each = total / epochs * (1 if steps.every == "epoch" else steps.every.number)
+        if not each:
+            return
+        first = steps.start if isinstance(steps.every, int) else 0
+        updates = [first + k * each for k in range(int((steps.end - first) / each + _TINY) + 1)]
+        times = sorted({0.0, *(time for phase in self.phases.compressed for time in phase)})
+        wanted = self._changes((a + b) / 2 for a, b in zip(times, times[1:], strict=False))
+        made = self._changes(steps.progress(round(step)) for step in updates)
+        if made < wanted:
+            rank_zero_warn(
+                f"ACDC: the phases change {made} times in this training, not {wanted} times as "
+                f"asked, since updates are too rare (every {steps.every}). Update more often, with "
+                "update_interval in steps, or give fewer phases, with compressed=."
+            )
+
+    def _changes(self, times: Iterable[float]) -> int:
+        """How often the network is compressed or decompressed at these times, from dense."""
+        course = [1.0, *map(self.phases(1.0, 0.5), times)]
+        return sum(a != b for a, b in zip(course, course[1:], strict=False))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the model."""

@@ -20,13 +20,22 @@ from lightning_sparsity.core.layer import (
     Ramp,
     Rule,
     Score,
+    Scorer,
+    Verb,
     call_of,
 )
 from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import uniform
 from lightning_sparsity.ops import link_prediction
 from lightning_sparsity.rules import chain, drop, grow
-from lightning_sparsity.scores import drawn_by, magnitude, needs_gradient, slot, without_gradient
+from lightning_sparsity.scores import (
+    drawn_by,
+    magnitude,
+    needs_gradient,
+    observed_by,
+    slot,
+    without_gradient,
+)
 from lightning_sparsity.starts import spread_inputs
 from lightning_sparsity.structures import Structure
 
@@ -125,11 +134,11 @@ class CHT(MaskCallback):
         *,
         distribution: Mapping[str, float] | Distribution | None = None,
         drop_fraction: float | Curve = 0.3,
-        removal: Score = magnitude,
-        growth: Score = ch3_l3n,
+        removal: Score | Scorer = magnitude,
+        growth: Score | Scorer = ch3_l3n,
         soft: bool = False,
         chain_removal: bool = False,
-        topology: Rule = spread_inputs,
+        topology: Rule | Verb = spread_inputs,
         ramp: Ramp | None = None,
         initial_density: float = 0.5,
         update_interval: Interval = "epoch",
@@ -138,7 +147,7 @@ class CHT(MaskCallback):
         include: Selection = nn.Linear,
         exclude: Selection = (),
         structure: Structure | None = None,
-        weight_init: Rule | None = None,
+        weight_init: Rule | Verb | None = None,
         seed: int | None = None,
     ) -> None:
         self._check_fraction("drop_fraction", drop_fraction)
@@ -160,7 +169,7 @@ class CHT(MaskCallback):
             update=chain(*rules, regrow(growth, soft)),
             ramp=ramp,
             initial_density=initial_density,
-            observe=getattr(growth, "observe", None),
+            observe=observed_by(growth, removal),
             update_interval=update_interval,
             update_start=update_start,
             update_end=update_end,
@@ -198,12 +207,19 @@ def remove_chains(layers: Layers, budget: Budget, progress: float) -> Layers:
     left = list(layers)
     for place in range(1, len(left)):
         before, after = left[place - 1], left[place]
-        if before.mask.shape[0] == after.mask.shape[1]:
+        if before.mask.shape[0] == after.mask.shape[1] and _are_neighbours(before, after):
             into = before.mask & after.mask.any(0)[:, None]
             out = after.mask & before.mask.any(1)
             left[place - 1] = dataclasses.replace(before, mask=into)
             left[place] = dataclasses.replace(after, mask=out)
     return left
+
+
+def _are_neighbours(before: Layer, after: Layer) -> bool:
+    """Whether no other layer of the model lies between two layers, as far as is known."""
+    if before.place is None or after.place is None:
+        return True
+    return after.place == before.place + 1
 
 
 @dataclass(frozen=True)

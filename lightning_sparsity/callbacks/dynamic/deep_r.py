@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
-from lightning_sparsity.core.layer import Budget, Curve, Distribution, Layer, Layers, Rule
+from lightning_sparsity.core.layer import Budget, Curve, Distribution, Layer, Layers, Rule, Verb
 from lightning_sparsity.core.method import Share
 from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import er
@@ -95,13 +95,15 @@ class DeepR(MaskCallback):
         include: Selection = linear_and_conv,
         exclude: Selection = (),
         structure: Structure | None = None,
-        weight_init: Rule | None = None,
+        weight_init: Rule | Verb | None = None,
         seed: int | None = None,
     ) -> None:
         self._check_amount("l1", l1)
-        if temperature is not None and not callable(temperature):
+        if callable(temperature) and not isinstance(temperature, type):
+            for progress in (0.0, 0.5, 1.0):
+                self._check_amount("temperature", temperature(progress))
+        elif temperature is not None:
             self._check_amount("temperature", temperature)
-        self._check_callable("temperature", temperature if callable(temperature) else None, "step")
         self._check_callable("share", share, "global_by(random, min_per_layer=0)")
         self._check_callable("weight_init", weight_init, "rescale_to_fan_in")
         start = drop(random)
@@ -136,7 +138,8 @@ class DeepR(MaskCallback):
 class rewire:
     r"""Move the live weights, drop those whose sign flips and grow as many at random.
 
-    Works on the layers that have a slot "sign" (int8, 1 or -1) and leaves others alone.
+    Works on the layers that have a slot "sign" (int8, 1 or -1), gives one to those that lack
+    it, and leaves dense ones alone.
 
     Args:
         l1: :math:`\alpha`.
@@ -155,6 +158,7 @@ class rewire:
 
     def __call__(self, layers: Layers, budget: Budget, progress: float) -> Layers:
         """Rewire; ``budget`` is not used."""
+        layers = [layer if "sign" in layer.slots else _with_sign(layer) for layer in layers]
         signed = [layer for layer in layers if "sign" in layer.slots]
         alive = [self._drop(self._walk(layer, progress)) for layer in signed]
         full = grow(random, self.share)(alive, [layer.live for layer in signed], progress)

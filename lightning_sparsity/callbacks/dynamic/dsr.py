@@ -12,7 +12,7 @@ import torch
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
-from lightning_sparsity.core.layer import Budget, Distribution, Layer, Layers, Rule
+from lightning_sparsity.core.layer import Budget, Distribution, Layer, Layers, Rule, Verb
 from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import in_proportion, uniform
 from lightning_sparsity.ops.selection import top_k
@@ -133,7 +133,7 @@ class DSR(MaskCallback):
         include: Selection = linear_and_conv,
         exclude: Selection = (),
         structure: Structure | None = None,
-        weight_init: Rule | None = None,
+        weight_init: Rule | Verb | None = None,
         seed: int | None = None,
     ) -> None:
         self._check_target(prune_target)

@@ -17,6 +17,8 @@ from lightning_sparsity.core.layer import (
     Rule,
     Schedule,
     Score,
+    Scorer,
+    Verb,
     call_of,
 )
 from lightning_sparsity.core.method import Share
@@ -24,7 +26,7 @@ from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import erk, fixes_total, global_by
 from lightning_sparsity.rules import chain, drop, exchange, grow
 from lightning_sparsity.schedules import cosine, cubic, until
-from lightning_sparsity.scores import gradient, magnitude, random
+from lightning_sparsity.scores import gradient, magnitude, observed_by, random
 from lightning_sparsity.structures import NM, Structure
 
 
@@ -107,14 +109,14 @@ class GraNet(MaskCallback):
         ramp: Ramp = cubic,
         prune_end: float = 110 / 160,
         drop_fraction: float | Curve = 0.5,
-        growth: Score = gradient,
+        growth: Score | Scorer = gradient,
         update_interval: Interval = 1000,
         update_start: int | float = 0,
         update_end: int | float = 1.0,
         include: Selection = linear_and_conv,
         exclude: Selection = (),
         structure: Structure | None = None,
-        weight_init: Rule | None = None,
+        weight_init: Rule | Verb | None = None,
         seed: int | None = None,
     ) -> None:
         self._check("prune_end", prune_end, low_open=True)
@@ -144,7 +146,7 @@ class GraNet(MaskCallback):
             ),
             ramp=until(ramp, prune_end),
             initial_density=initial_density,
-            observe=getattr(growth, "observe", None),
+            observe=observed_by(growth),
             update_interval=update_interval,
             update_start=update_start,
             update_end=update_end,

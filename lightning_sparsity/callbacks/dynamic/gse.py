@@ -11,7 +11,7 @@ from typing import ClassVar
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.apportion import apportion, fill
 from lightning_sparsity.core.filters import Selection, linear_and_conv
-from lightning_sparsity.core.layer import Budget, Curve, Distribution, Layer, Layers, Rule
+from lightning_sparsity.core.layer import Budget, Curve, Distribution, Layer, Layers, Rule, Verb
 from lightning_sparsity.core.window import Interval
 from lightning_sparsity.ops.selection import sample, top_n_per_group
 from lightning_sparsity.rules import barring, chain, drop, grow
@@ -134,7 +134,7 @@ class GSE(MaskCallback):
         include: Selection = linear_and_conv,
         exclude: Selection = (),
         structure: Structure | None = None,
-        weight_init: Rule | None = None,
+        weight_init: Rule | Verb | None = None,
         seed: int | None = None,
     ) -> None:
         self._check_fraction("drop_fraction", drop_fraction)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
-from lightning_sparsity.core.layer import Curve, Distribution, Layer, Layers, Rule, Schedule
+from lightning_sparsity.core.layer import Curve, Distribution, Layer, Layers, Rule, Schedule, Verb
 from lightning_sparsity.core.method import Share
 from lightning_sparsity.core.window import Interval, epochs
 from lightning_sparsity.distributions import fixes_total, uniform
@@ -82,7 +82,7 @@ class MEST(MaskCallback):
         include: Selection = linear_and_conv,
         exclude: Selection = (),
         structure: Structure | None = None,
-        weight_init: Rule | None = None,
+        weight_init: Rule | Verb | None = None,
         seed: int | None = None,
     ) -> None:
         self._check_fraction("mutation", mutation)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
-from lightning_sparsity.core.layer import Curve, Distribution, Layer, Layers, Rule
+from lightning_sparsity.core.layer import Curve, Distribution, Layer, Layers, Rule, Verb
 from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import fixes_total, uniform
 from lightning_sparsity.rules import chain, drop, forget, grow
@@ -81,7 +81,7 @@ class NeST(MaskCallback):
         include: Selection = linear_and_conv,
         exclude: Selection = (),
         structure: Structure | None = None,
-        weight_init: Rule | None = None,
+        weight_init: Rule | Verb | None = None,
         seed: int | None = None,
     ) -> None:
         if isinstance(structure, NM):
@@ -178,9 +178,12 @@ class _Hill(Curve):
 def average_gradient(layer: Layer) -> Mapping[str, Tensor]:
     """The mean of the dense gradients since the latest update, and how many there were."""
     assert layer.grad is not None
-    count = layer.slots.get("gradient_count", torch.zeros((), device=layer.grad.device)) + 1
-    mean = layer.slots.get("mean_gradient", torch.zeros_like(layer.grad))
-    return {"mean_gradient": mean + (layer.grad - mean) / count, "gradient_count": count}
+    grad = layer.grad.to(torch.promote_types(layer.grad.dtype, torch.float32))
+    sound = grad.isfinite().all()  # one infinity would stay in the mean
+    count = layer.slots.get("gradient_count", torch.zeros((), device=grad.device)) + sound
+    mean = layer.slots.get("mean_gradient", torch.zeros_like(grad))
+    step = torch.where(sound, grad - mean, 0.0) / count.clamp(min=1)
+    return {"mean_gradient": mean + step, "gradient_count": count}
 
 
 @without_gradient

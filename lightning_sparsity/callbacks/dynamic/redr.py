@@ -22,6 +22,7 @@ from lightning_sparsity.core.layer import (
     Layers,
     Rule,
     Score,
+    Verb,
     call_of,
 )
 from lightning_sparsity.core.ranks import sum_over_ranks
@@ -79,7 +80,9 @@ class grow_at_loss:
     The loss of a neuron is the mean of :math:`|\partial L / \partial z|` over the batch,
     :math:`z` its value before the activation. The neurons with the largest get equal parts
     of what grows, what does not divide going to those with the largest loss; each places its
-    part at its largest :math:`|\nabla L|`. Where they have no room, the next ones share.
+    part at its largest :math:`|\nabla L|`. Where they have no room, the next ones share. In a
+    layer that was not called in this step all neurons have the loss 0: it grows at its largest
+    gradients.
 
     Args:
         neurons: Share of the layer's neurons that may grow, in (0, 1].
@@ -88,11 +91,7 @@ class grow_at_loss:
     neurons: float = 0.3
 
     def __call__(self, layers: Layers, budget: Budget, progress: float) -> Layers:
-        """Grow units of every layer to its own budget.
-
-        Raises:
-            ValueError: If a layer was not called in this step.
-        """
+        """Grow units of every layer to its own budget."""
         return [
             self._grow(layer, count - layer.live) if count > layer.live else layer
             for layer, count in zip(layers, budget, strict=True)
@@ -103,7 +102,10 @@ class grow_at_loss:
         links = view.shape[2] * view.shape[3]
         free = view.reshape(-1, links)
         room = free.count_nonzero(dim=1).tolist()
-        order = _losses(layer).sort(descending=True, stable=True).indices.tolist()
+        losses = _losses(layer, len(free))
+        if not losses.any():
+            return grow(gradient)([layer], [layer.live + count], 0.0)[0]
+        order = losses.sort(descending=True, stable=True).indices.tolist()
         chosen = max(1, round(self.neurons * len(order)))
         while sum(room[neuron] for neuron in order[:chosen]) < count:
             chosen += 1
@@ -118,20 +120,13 @@ class grow_at_loss:
         return dataclasses.replace(layer, mask=mask)
 
 
-def _losses(layer: Layer) -> Tensor:
+def _losses(layer: Layer, neurons: int) -> Tensor:
     """Sum of the absolute loss gradients at every output unit of the layer, over all ranks."""
-    passes = layer.statistics.get("output_grads", ())
-    if not passes:
-        raise ValueError(
-            f"RedrLoss: the layer of {layer.name} was not called in this step, so the losses of "
-            "its neurons are unknown; leave it out with exclude=."
-        )
-    total = torch.zeros((), dtype=torch.float64)
-    for grad in passes:
+    total = torch.zeros(neurons, dtype=torch.float64, device=layer.weight.device)
+    for grad in layer.statistics.get("output_grads", ()):
         units = grad.ndim - 1 if layer.weight.ndim == 2 else grad.ndim - layer.weight.ndim + 1
         others = [dim for dim in range(grad.ndim) if dim != units]
-        summed = grad.double().abs().sum(others) if others else grad.double().abs()
-        total = summed + total.to(summed.device)
+        total += grad.double().abs().sum(others) if others else grad.double().abs()
     return sum_over_ranks(total)
 
 
@@ -155,8 +150,8 @@ class Redr(MaskCallback):
         include: Which parameters are sparse: names, patterns, module types, callables.
         exclude: Which of those are left dense.
         structure: What one unit is; default single weights. Units are placed at random.
-        weight_init: Where this callback makes the masks: a rule for the start values;
-            None keeps the model's own.
+        weight_init: Where this callback makes the masks: a rule for the start values, in the
+            place of those that the model has; None keeps them (for a trained model, say).
         seed: Of the random choices; default that of ``seed_everything``.
 
     Raises:
@@ -180,7 +175,7 @@ class Redr(MaskCallback):
         include: Selection = linear_and_conv,
         exclude: Selection = (),
         structure: Structure | None = None,
-        weight_init: Rule | None = sparse_uniform(),  # noqa: B008 (frozen)
+        weight_init: Rule | Verb | None = sparse_uniform(),  # noqa: B008 (frozen)
         seed: int | None = None,
     ) -> None:
         self._check_fraction("drop_fraction", drop_fraction)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
-from lightning_sparsity.core.layer import Budget, Curve, Distribution, Layer, Layers, Rule
+from lightning_sparsity.core.layer import Budget, Curve, Distribution, Layer, Layers, Rule, Verb
 from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import global_by, in_proportion, uniform
 from lightning_sparsity.ops.fisher import (
@@ -193,8 +193,8 @@ class RedrSecondOrder(MaskCallback):
 
     The text leaves open what happens at the edges. Here every layer keeps one weight; what an
     update removes does not grow back in it, nor is more removed than there are free places;
-    what does not fit into one layer grows in the others. Where no gradient was gathered, the
-    curvature is the damping alone: the smallest weights go and the others stay as they are.
+    what does not fit into one layer grows in the others. A layer without
+    any gradient since the last update is left as it is.
 
     Args:
         density: Live share of all sparse weights, in (0, 1]; may be left out when an
@@ -214,8 +214,8 @@ class RedrSecondOrder(MaskCallback):
         include: Which parameters are sparse: names, patterns, module types, callables.
         exclude: Which of those are left dense.
         structure: Refused, unless it is that of single weights.
-        weight_init: Where this callback makes the masks: a rule for the start values;
-            None keeps the model's own.
+        weight_init: Where this callback makes the masks: a rule for the start values, in the
+            place of those that the model has; None keeps them (for a trained model, say).
         seed: Of the random choices; default that of ``seed_everything``.
 
     Raises:
@@ -241,7 +241,7 @@ class RedrSecondOrder(MaskCallback):
         include: Selection = linear_and_conv,
         exclude: Selection = (),
         structure: Structure | None = None,
-        weight_init: Rule | None = sparse_uniform(),  # noqa: B008 (frozen)
+        weight_init: Rule | Verb | None = sparse_uniform(),  # noqa: B008 (frozen)
         seed: int | None = None,
     ) -> None:
         self._check_fraction("drop_fraction", drop_fraction)

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
-from lightning_sparsity.core.layer import Curve, Distribution, Rule, Score, Scorer
+from lightning_sparsity.core.layer import Curve, Distribution, Rule, Score, Scorer, Verb
 from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import erk
 from lightning_sparsity.rules import chain, drop, grow
 from lightning_sparsity.schedules import cosine
-from lightning_sparsity.scores import gradient, magnitude, random
+from lightning_sparsity.scores import gradient, magnitude, observed_by, random
 from lightning_sparsity.structures import Structure
 
 
@@ -73,7 +73,7 @@ class RigL(MaskCallback):
         include: Selection = linear_and_conv,
         exclude: Selection = (),
         structure: Structure | None = None,
-        weight_init: Rule | None = None,
+        weight_init: Rule | Verb | None = None,
         seed: int | None = None,
     ) -> None:
         self._check_fraction("drop_fraction", drop_fraction)
@@ -87,7 +87,7 @@ class RigL(MaskCallback):
             default_distribution=erk,
             initial=chain(start, weight_init) if weight_init else start,
             update=chain(drop(magnitude, fraction), grow(growth)),
-            observe=getattr(growth, "observe", None),
+            observe=observed_by(growth),
             update_interval=update_interval,
             update_start=update_start,
             update_end=update_end,

@@ -18,12 +18,13 @@ from lightning_sparsity.core.layer import (
     Rule,
     Score,
     Scorer,
+    Verb,
 )
 from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import er
 from lightning_sparsity.ops.selection import top_k
 from lightning_sparsity.rules import chain, drop, grow
-from lightning_sparsity.scores import magnitude, random, without_gradient
+from lightning_sparsity.scores import magnitude, observed_by, random, without_gradient
 from lightning_sparsity.structures import Structure
 
 
@@ -91,7 +92,7 @@ class SET(MaskCallback):
         include: Selection = linear_and_conv,
         exclude: Selection = (),
         structure: Structure | None = None,
-        weight_init: Rule | None = None,
+        weight_init: Rule | Verb | None = None,
         seed: int | None = None,
     ) -> None:
         self._check_fraction("drop_fraction", drop_fraction)
@@ -109,7 +110,7 @@ class SET(MaskCallback):
             default_distribution=er,
             initial=chain(start, weight_init) if weight_init else start,
             update=chain(lose, grow(growth, start=new_weight_std)),
-            observe=getattr(growth, "observe", None),
+            observe=observed_by(growth),
             update_interval=update_interval,
             update_start=update_start,
             update_end=update_end,

@@ -18,6 +18,7 @@ from lightning_sparsity.core.layer import (
     Layers,
     Rule,
     Schedule,
+    Verb,
     errors_of,
 )
 from lightning_sparsity.core.window import Interval
@@ -180,11 +181,10 @@ class SNFS(MaskCallback):
         include: Selection = linear_and_conv,
         exclude: Selection = (),
         structure: Structure | None = None,
-        weight_init: Rule | None = None,
+        weight_init: Rule | Verb | None = None,
         seed: int | None = None,
     ) -> None:
         self._check_fraction("drop_fraction", drop_fraction)
-        self._check("beta", beta)
         self._check_callable("weight_init", weight_init, "rescale_to_fan_in")
         if not isinstance(redistribute, bool):
             raise TypeError(f"SNFS(redistribute={redistribute!r}): must be True or False.")

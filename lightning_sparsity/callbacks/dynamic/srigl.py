@@ -12,7 +12,16 @@ from torch import Tensor
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
-from lightning_sparsity.core.layer import Budget, Curve, Distribution, Layer, Layers, Rule, Score
+from lightning_sparsity.core.layer import (
+    Budget,
+    Curve,
+    Distribution,
+    Layer,
+    Layers,
+    Rule,
+    Score,
+    Verb,
+)
 from lightning_sparsity.core.method import Share
 from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import erk
@@ -98,7 +107,7 @@ class SRigL(MaskCallback):
         include: Selection = linear_and_conv,
         exclude: Selection = (),
         structure: Structure | None = None,
-        weight_init: Rule | None = None,
+        weight_init: Rule | Verb | None = None,
         seed: int | None = None,
     ) -> None:
         self._check_fraction("drop_fraction", drop_fraction)

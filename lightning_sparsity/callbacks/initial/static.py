@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
-from lightning_sparsity.core.layer import Distribution, Layer, Layers, Rule, Score
+from lightning_sparsity.core.layer import Distribution, Layer, Layers, Rule, Score, Verb
 from lightning_sparsity.core.method import Share
 from lightning_sparsity.distributions import erk, fixes_total
 from lightning_sparsity.rules import chain, drop
@@ -52,12 +52,12 @@ class StaticSparse(MaskCallback):
         density: float | None = None,
         *,
         score: Score = random,
-        topology: Rule | None = None,
+        topology: Rule | Verb | None = None,
         distribution: Mapping[str, float] | Distribution | None = None,
         include: Selection = linear_and_conv,
         exclude: Selection = (),
         structure: Structure | None = None,
-        weight_init: Rule | None = None,
+        weight_init: Rule | Verb | None = None,
         seed: int | None = None,
     ) -> None:
         self._keeps_zeros = density is None
