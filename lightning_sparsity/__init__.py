@@ -29,9 +29,15 @@ from lightning_sparsity.callbacks.dynamic.set import SET
 from lightning_sparsity.callbacks.dynamic.snfs import SNFS
 from lightning_sparsity.callbacks.dynamic.srigl import SRigL
 from lightning_sparsity.callbacks.gradual.gmp import GMP
+from lightning_sparsity.callbacks.gradual.lottery_ticket import LotteryTicket
 from lightning_sparsity.callbacks.gradual.magnitude import Magnitude
+from lightning_sparsity.callbacks.initial.force import FORCE, IterSNIP
+from lightning_sparsity.callbacks.initial.grasp import GraSP
+from lightning_sparsity.callbacks.initial.prospr import ProsPr
 from lightning_sparsity.callbacks.initial.snip import SNIP
+from lightning_sparsity.callbacks.initial.snip_it import SNAPit, SNIPit
 from lightning_sparsity.callbacks.initial.static import StaticSparse
+from lightning_sparsity.callbacks.initial.synflow import SynFlow
 from lightning_sparsity.core.filters import first_layer, last_layer, linear_and_conv
 from lightning_sparsity.core.window import epochs
 from lightning_sparsity.distributions import (
@@ -44,6 +50,8 @@ from lightning_sparsity.distributions import (
     keep_dense,
     lamp,
     per_layer,
+    smart_ratio,
+    smart_ratio_with,
     uniform,
     uniform_plus,
 )
@@ -68,21 +76,26 @@ __all__ = [
     "ACDC",
     "CHT",
     "DSR",
+    "FORCE",
     "GMP",
     "GSE",
     "MEST",
     "NM",
-    "SNIP",
     "SET",
     "SNFS",
+    "SNIP",
     "Block",
     "Columns",
     "DeepR",
     "DensityMonitor",
     "GraNet",
+    "GraSP",
+    "IterSNIP",
+    "LotteryTicket",
     "Magnitude",
     "MaskCallback",
     "NeST",
+    "ProsPr",
     "RedrGradient",
     "RedrGradientGlobal",
     "RedrLoss",
@@ -91,8 +104,11 @@ __all__ = [
     "RedrWoodtaylor",
     "RigL",
     "Rows",
+    "SNAPit",
+    "SNIPit",
     "SRigL",
     "StaticSparse",
+    "SynFlow",
     "Unstructured",
     "constant",
     "cosine",
@@ -116,6 +132,8 @@ __all__ = [
     "linear_and_conv",
     "per_layer",
     "sigmoid",
+    "smart_ratio",
+    "smart_ratio_with",
     "step",
     "uniform",
     "uniform_plus",

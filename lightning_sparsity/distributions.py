@@ -133,6 +133,75 @@ class erk_power:
         return _split(raw, layers, total)
 
 
+@without_gradient
+def smart_ratio(layers: Layers, total: int) -> list[int]:
+    r"""Smart ratios (Su et al., 2020, arXiv:2009.11094): what convolutions keep falls with depth.
+
+    Linear layers (weights of two dimensions) have density 0.3. Convolutions share the rest: the
+    density of one that is layer :math:`l` of :math:`L`, linear ones included, is in proportion
+    to :math:`(L - l + 1)^2 + (L - l + 1)`. See :class:`smart_ratio_with`.
+
+    Example:
+        >>> from lightning_sparsity.core.layer import dense_layers
+        >>> net = {"a": (8, 3, 3, 3), "b": (16, 8, 3, 3), "c": (16, 16, 3, 3), "fc": (10, 16)}
+        >>> smart_ratio(dense_layers(net), 383)
+        [45, 145, 145, 48]
+    """
+    return smart_ratio_with()(layers, total)
+
+
+@dataclass(frozen=True)
+class smart_ratio_with:
+    """:func:`smart_ratio` with other settings.
+
+    What convolutions cannot hold goes to the others in proportion, and when all are full to
+    the linear layers; the authors' program hands it to the convolutions that follow, and rounds
+    every layer down.
+
+    Args:
+        linear: Density of linear layers, in (0, 1].
+        vgg: Divide the proportions by :math:`l^2`, as the authors do for VGG.
+
+    Raises:
+        ValueError: If ``linear`` lies outside (0, 1]; on a call, if ``total`` is too small for
+            the linear layers.
+    """
+
+    linear: float = 0.3
+    vgg: bool = False
+    needs_gradient: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.linear) or not 0 < self.linear <= 1:
+            raise ValueError(f"{self}: linear must be a density in (0, 1]; the authors' is 0.3.")
+
+    def __call__(self, layers: Layers, total: int) -> list[int]:
+        """Live units per layer."""
+        capacity = [layer.live for layer in layers]
+        linear = [min(self.linear * n.size, n.live) if _is_linear(n) else 0.0 for n in layers]
+        least = math.ceil(sum(linear)) + sum(n.live > 0 for n in layers if not _is_linear(n))
+        if total < least:
+            density = least / sum(layer.size for layer in layers)
+            raise ValueError(
+                f"{self}: {total} live units are too few, since linear layers keep {self.linear:g} "
+                f"of theirs and each convolution one. The smallest density is {density:.4g}; ask "
+                "for a higher one, lower linear, or choose another distribution, such as erk."
+            )
+        raw = [
+            0.0 if _is_linear(layer) else self._share(place, len(layers)) * layer.size
+            for place, layer in enumerate(layers, start=1)
+        ]
+        convolutions = fill(raw, capacity, total - sum(linear))
+        ideal = [a + b for a, b in zip(linear, convolutions, strict=True)]
+        more = _rest(ideal, capacity, total - sum(ideal))  # once all convolutions are full
+        ideal = [a + b for a, b in zip(ideal, more, strict=True)]
+        return apportion(ideal, capacity, total)
+
+    def _share(self, place: int, depth: int) -> float:
+        left = depth - place + 1
+        return (left**2 + left) / (place**2 if self.vgg else 1)
+
+
 @dataclass(frozen=True)
 class epsilon:
     r"""SET's own sparsity control (Mocanu et al., 2018).
@@ -543,6 +612,10 @@ def _dims(layer: Layer) -> tuple[int, ...]:
     """Outputs, inputs (of one group) and kernel sides of a weight."""
     groups, outputs, inputs, _ = layer.layout.canonical(layer.weight).shape
     return groups * outputs, inputs, *layer.shape[2:]
+
+
+def _is_linear(layer: Layer) -> bool:
+    return layer.weight.ndim <= 2
 
 
 def _er(layer: Layer) -> float:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lightning_sparsity.connectivity import Wiring, dead_outputs, effective_density
 from lightning_sparsity.core.masks import Masks
 from lightning_sparsity.core.parameter import SparseParameter
 from lightning_sparsity.flops import Flops
-from lightning_sparsity.structures import Unstructured
+from lightning_sparsity.structures import Rows, Unstructured
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ def allocation_table(masks: Masks, model: nn.Module | None = None) -> str:
         model: Their model; if given, a last line says what is left dense.
 
     Returns:
-        The table, several lines without a newline at the end.
+        The table, several lines without a newline at the end. A column counts the rows
+        without a live weight, if there are any that a structure does not ask for.
     """
     whole_units = any(not isinstance(kept.structure, Unstructured) for kept in masks)
     header = ["sparse parameter", "shape", "density", "live", "weights"]
@@ -45,6 +47,7 @@ def allocation_table(masks: Masks, model: nn.Module | None = None) -> str:
         for kept in masks
     ]
     rows.append(["total", "", _density(masks.live, masks.numel), *_counts(masks.live, masks.numel)])
+    _add_dead_rows(header, rows, masks)
     if whole_units:
         header.append("live units")
         for row, kept in zip(rows, masks, strict=False):
@@ -66,7 +69,8 @@ def final_table(masks: Masks, courses: Mapping[str, Course], flops: Flops | None
             they are not known.
 
     Returns:
-        The table, several lines without a newline at the end.
+        The table, several lines without a newline at the end, with dead rows as in
+        :func:`allocation_table`.
     """
     header = ["sparse parameter", "density at start", "at end", "live", "ever live", "dropped"]
     rows = []
@@ -79,6 +83,7 @@ def final_table(masks: Masks, courses: Mapping[str, Course], flops: Flops | None
         dropped=sum(course.dropped for course in courses.values()),
     )
     rows.append(["total", *_course(all_of_it, masks.live, masks.numel)])
+    _add_dead_rows(header, rows, masks)
     if flops is not None:
         header.append("FLOPs")
         at_end = {kept.name: kept.density for kept in masks}
@@ -88,6 +93,26 @@ def final_table(masks: Masks, courses: Mapping[str, Course], flops: Flops | None
         total = sum(f * at_end[name] for name, f in flops.layers.items())
         rows[-1].append("?" if len(flops.layers) < len(masks) else quantity(total))
     return _table(header, rows)
+
+
+def connectivity_line(wired: Mapping[str, Wiring]) -> str:
+    """How much of the live weights lies on a path, and what is dead.
+
+    Args:
+        wired: Of the sparse layers, by name.
+
+    Returns:
+        One line.
+    """
+    live, effective, neurons, dead = (
+        sum(getattr(layer, key) for layer in wired.values())
+        for key in ("live", "effective", "neurons", "dead_neurons")
+    )
+    return (
+        f"Effective density: {effective_density(wired):.4f}; {effective:,} of {live:,} live "
+        "weights lie on a path from input to output. "
+        f"Dead neurons: {dead:,} of {neurons:,}."
+    )
 
 
 def flops_table(masks: Masks, flops: Flops) -> str:
@@ -210,6 +235,23 @@ def _shape(kept: SparseParameter) -> str:
 def _units(kept: SparseParameter) -> str:
     units = kept.structure.live(kept.mask, kept.layout)
     return f"{int(units.count_nonzero()):,} of {units.numel():,} {kept.structure!r}"
+
+
+def _add_dead_rows(header: list[str], rows: list[list[str]], masks: Masks) -> None:
+    """Add the column that counts them, if there are any."""
+    dead = [_dead_rows(kept) for kept in masks]
+    if any(dead):
+        header.append("dead rows")
+        for row, cell in zip(rows, [*dead, ""], strict=True):
+            row.append(cell)
+
+
+def _dead_rows(kept: SparseParameter) -> str:
+    if kept.mask.ndim < 2 or isinstance(kept.structure, Rows):
+        return ""
+    dead = dead_outputs(kept.mask, kept.layout)
+    count = int(dead.count_nonzero())
+    return f"{count:,} of {len(dead):,}" if count else ""
 
 
 def _course(course: Course, live: int, numel: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -15,6 +16,8 @@ from lightning_sparsity.ops.selection import sample
 from lightning_sparsity.rules import drop
 from lightning_sparsity.scores import random, without_gradient
 from lightning_sparsity.structures import Unstructured
+
+_RECENT = 100
 
 
 @without_gradient
@@ -83,6 +86,86 @@ class sparse_uniform(Verb):
             draw = (2 * torch.rand(bias.shape, generator=layer.generator) - 1).to(bias)
             bias = draw / view[:, :, 0, 0].reshape(-1).to(bias).sqrt()
         return dataclasses.replace(layer, weight=weight / fan_in, bias=bias)
+
+
+@dataclass(frozen=True)
+class approximate_isometry(Verb):
+    r"""Move live weights until layers keep the length of signals (Lee et al., 2020).
+
+    A Signal Propagation Perspective for Pruning Neural Networks at Initialization
+    (arXiv:1906.06307): gradient descent on
+    :math:`\lVert (m_l \odot w_l)(m_l \odot w_l)^T - I \rVert_F` (not squared), layer by layer,
+    without data; a convolution is a matrix of outputs by inputs times kernel positions. Layers
+    that are dense, and biases, keep what the model gave them.
+
+    What differs from the authors' program: where a layer has more outputs than inputs, the
+    rows are the inputs, which has the same minimum and can come to 0; the best weights on the
+    way are taken, as steps of constant length end in circles of that size around the minimum;
+    and the descent stops when it gains no more.
+
+    Args:
+        steps: Most steps of the descent, at least 1.
+        lr: Its learning rate, above 0.
+        tolerance: It stops when 100 steps have lowered the penalty by less than this share of
+            it; at least 0.
+        orthogonal: Draw an orthogonal matrix to begin with, as the authors do; False: begin
+            with the weights of the model, for which the mask may have been chosen.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument is out of range.
+    """
+
+    steps: int = 10_000
+    lr: float = 0.1
+    tolerance: float = 1e-4
+    orthogonal: bool = False
+    needs_gradient: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        numbers = all(isinstance(value, int | float) for value in (self.lr, self.tolerance))
+        if type(self.steps) is not int or type(self.orthogonal) is not bool or not numbers:
+            raise TypeError(
+                f"{self}: steps must be an int, lr and tolerance numbers, orthogonal True or False."
+            )
+        if self.steps < 1 or not 0 < self.lr < math.inf or not 0 <= self.tolerance < math.inf:
+            raise ValueError(f"{self}: needs steps >= 1, lr above 0 and tolerance >= 0.")
+
+    def __call__(self, layers: Layers, budget: Budget, progress: float) -> Layers:
+        """Move the values of every layer that has zeros."""
+        return [layer if layer.live == layer.size else self._moved(layer) for layer in layers]
+
+    def _moved(self, layer: Layer) -> Layer:
+        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+        view = layer.layout.canonical(layer.weight)
+        values, mask = view.to(dtype).flatten(2), layer.layout.canonical(layer.mask).flatten(2)
+        if values.shape[1] <= values.shape[2]:
+            found = self._descent(values, mask, layer.generator)
+        else:
+            found = self._descent(values.mT, mask.mT, layer.generator).mT
+        weight = layer.layout.restore(found.reshape(view.shape), layer.shape)
+        return dataclasses.replace(layer, weight=weight.to(layer.weight.dtype).contiguous())
+
+    def _descent(self, rows: Tensor, mask: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The best on the way; ``rows`` are ``(groups, fewer, more)``."""
+        if self.orthogonal:
+            draw = torch.randn(rows.mT.shape, generator=generator, dtype=rows.dtype)
+            q, r = torch.linalg.qr(draw)
+            rows = (q * r.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)).mT.to(rows.device)
+        now = best = rows * mask
+        eye = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+        lowest: list[float] = []  # so far, at every step
+        for step in range(self.steps + 1):
+            excess = now @ now.mT - eye
+            penalty = float(excess.norm())
+            if not lowest or penalty < lowest[-1]:
+                best = now
+            lowest.append(min([penalty, *lowest[-1:]]))
+            gain = lowest[step - _RECENT] - lowest[-1] if step >= _RECENT else math.inf
+            if penalty == 0 or gain <= self.tolerance * lowest[-1]:
+                break
+            now = now - self.lr * mask * (2 / penalty) * (excess @ now)
+        return best
 
 
 @without_gradient

@@ -319,6 +319,10 @@ class MaskCallback(SparsityCallback):
                 f"{self._name}(density=None): the density to arrive at is needed; for 90% sparsity "
                 f"pass {self._name}(density=0.1)."
             )
+        self._check_arrives(ramp)
+
+    def _check_arrives(self, ramp: Ramp) -> None:
+        """Raise unless ``ramp`` makes schedules of densities from its start to its end."""
         try:
             arrives = ramp(1.0, 0.5)(1.0)
         except TypeError:

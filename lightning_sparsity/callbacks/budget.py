@@ -64,7 +64,7 @@ class Budgeter:
             density = density_of(layers) if share.found else 1.0
         start = {layer.name: layer.live for layer in layers}
         like = start if share.found and self.given is None else None
-        there = layers if share.found and self.only_prunes else _all_live(layers)
+        there = layers if self.only_prunes else _all_live(layers)
         return self._counts(there, density, _part(density, layers, share), like)
 
     def on_the_way(self, layers: Layers, share: Share, progress: float) -> list[int]:

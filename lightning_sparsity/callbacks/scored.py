@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,11 +13,10 @@ from torch import Tensor
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
-from lightning_sparsity.core.layer import Distribution, Layers, Rule
+from lightning_sparsity.core.layer import Distribution, Layers, Rule, Verb, density_of
 from lightning_sparsity.core.method import Share
-from lightning_sparsity.core.randomness import default_seed
 from lightning_sparsity.core.view import LossFunction, ModelView, Pass
-from lightning_sparsity.distributions import global_by
+from lightning_sparsity.distributions import fixes_total, global_by
 from lightning_sparsity.rules import chain, drop, forget
 from lightning_sparsity.scores import slot
 from lightning_sparsity.starts import redraw, shuffle_within_layers
@@ -43,6 +43,8 @@ class ScoredStart(MaskCallback):
         shuffle: A control (Frankle et al., 2021): the places of each layer's live weights are
             drawn at random.
         reinitialize: Another control: the values of each layer are dealt out anew.
+        weight_init: A rule for the start values of the live weights, applied last, such as
+            ``approximate_isometry()``; None keeps the model's own.
         include: Which parameters are sparse: names, patterns, module types, callables.
         exclude: Which of those are left dense.
         structure: What one unit is, such as ``Rows()``; default single weights.
@@ -55,7 +57,7 @@ class ScoredStart(MaskCallback):
         TypeError: If an argument is of the wrong type.
     """
 
-    dtype: ClassVar[torch.dtype] = torch.float32
+    dtype = torch.float32
     revives: ClassVar[bool] = False
 
     def __init__(
@@ -69,6 +71,7 @@ class ScoredStart(MaskCallback):
         mode: Literal["train", "eval"] = "train",
         shuffle: bool = False,
         reinitialize: bool = False,
+        weight_init: Rule | Verb | None = None,
         include: Selection = linear_and_conv,
         exclude: Selection = (),
         structure: Structure | None = None,
@@ -79,9 +82,9 @@ class ScoredStart(MaskCallback):
         self._check_callable("loss_fn", loss_fn, "a function of the module and a batch")
         if mode not in ("train", "eval"):
             raise ValueError(f'{self._name}(mode={mode!r}): must be "train" or "eval".')
-        for name, value in (("shuffle", shuffle), ("reinitialize", reinitialize)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{self._name}({name}={value!r}): must be True or False.")
+        self._check_flag("shuffle", shuffle)
+        self._check_flag("reinitialize", reinitialize)
+        self._check_callable("weight_init", weight_init, "rescale_to_fan_in")
         if data is not None and not isinstance(data, Iterable):
             raise TypeError(f"{self._name}(data={data!r}): must be batches, such as a DataLoader.")
         self.batches = batches
@@ -91,6 +94,7 @@ class ScoredStart(MaskCallback):
         place: list[Rule] = [drop(slot(_SCORE)), forget(_SCORE)]
         place += [shuffle_within_layers] if shuffle else []
         place += [redraw] if reinitialize else []
+        place += [weight_init] if weight_init else []
         super().__init__(
             density=density,
             distribution=distribution,
@@ -113,12 +117,22 @@ class ScoredStart(MaskCallback):
             batches: The data.
 
         Returns:
-            By parameter name: at least 0, shape of the weight, larger = keep.
+            By parameter name: shape of the weight, larger = keep; may be negative.
         """
         raise NotImplementedError
 
+    def look(self, opened: Pass) -> Sequence[Any]:
+        """The data that scores are computed from; the first batches.
+
+        Args:
+            opened: A copy of the model.
+        """
+        return opened.batches(self.batches, self.data) if self.batches else []
+
     def rounds(self, density: float) -> list[float]:
         """Densities to prune to, one after the other, each after scoring; the last is ``density``.
+
+        Those that are not below the density of the masks that were found are passed over.
 
         Args:
             density: The one asked for.
@@ -127,34 +141,64 @@ class ScoredStart(MaskCallback):
 
     def estimate(self, layers: Layers, share: Share, view: ModelView) -> Layers:
         """Score the layers, pruning and scoring again where the method has several rounds."""
-        found = sum(layer.live for layer in layers) / sum(layer.size for layer in layers)
-        asked = self.density
-        if asked is None or asked >= found:
-            asked = found
-        seed = default_seed() if self.seed is None else self.seed
-        rounds = self.rounds(asked)
-        with view.open(layers, mode=self.mode, dtype=self.dtype, seed=seed) as opened:
-            batches = opened.batches(self.batches, self.data) if self.batches else []
-            for density in rounds[:-1]:
-                layers = self._scored(opened, layers, batches)
-                budget = dataclasses.replace(self._budget, density=min(density, found))
-                layers = drop(slot(_SCORE))(layers, budget.first(layers, share), 0.0)
+        if self.density is None and self.distribution is None:
+            return layers  # what is there stays
+        start, found = layers, density_of(layers)
+        asked = found if self.density is None else min(self.density, found)
+        if fixes_total(self._budget.distribution):
+            counts = self._budget.first(layers, share)
+            asked = sum(counts) / sum(layer.size for layer in layers)
+        with view.open(layers, mode=self.mode, dtype=self.dtype, seed=self.seed) as opened:
+            batches = self.look(opened)
+            between = [n for n in self.rounds(asked)[:-1] if asked < n < found]
+            for density in opened.progress(between, self._name):
+                scored = self._scored(opened, layers, batches, start)
+                counts = self._on_the_way(scored, start, share, density)
+                layers = drop(slot(_SCORE))(scored, counts, 0.0)
                 opened.put(layers)
-            return self._scored(opened, layers, batches)
+            return self._scored(opened, layers, batches, start)
 
-    def _scored(self, opened: Pass, layers: Layers, batches: Sequence[Any]) -> Layers:
-        scores = self.score(opened, layers, batches)
+    def _scored(
+        self, opened: Pass, layers: Layers, batches: Sequence[Any], start: Layers
+    ) -> Layers:
+        scores = _raised(layers, self.score(opened, layers, batches))
         if self.revives:  # what earlier rounds pruned may come back
-            layers = [
-                dataclasses.replace(layer, mask=torch.ones_like(layer.mask)) for layer in layers
-            ]
+            layers = start
         return [
             dataclasses.replace(layer, slots={**layer.slots, _SCORE: scores[layer.name].detach()})
             for layer in layers
         ]
+
+    def _on_the_way(self, layers: Layers, start: Layers, share: Share, density: float) -> list[int]:
+        """Live units per layer when ``density`` is left of all."""
+        if not fixes_total(self._budget.distribution):
+            return dataclasses.replace(self._budget, density=density).first(layers, share)
+        end = self._budget.first(start, share)
+        total, size = sum(end), sum(layer.size for layer in start)
+        left = (density * size - total) / (sum(layer.live for layer in start) - total)
+        return [n + round((layer.live - n) * left) for layer, n in zip(start, end, strict=True)]
 
     def _check_count(self, name: str, value: object, least: int = 1) -> None:
         if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError(f"{self._name}({name}={value!r}): must be an int >= {least}.")
         if int(value) < least:
             raise ValueError(f"{self._name}({name}={value!r}): must be at least {least}.")
+
+    def _check_positive(self, name: str, value: object) -> None:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{self._name}({name}={value!r}): must be a number above 0.")
+        if not 0 < float(value) < math.inf:
+            raise ValueError(f"{self._name}({name}={value!r}): must be finite and above 0.")
+
+    def _check_flag(self, name: str, value: object) -> None:
+        if not isinstance(value, bool):
+            raise TypeError(f"{self._name}({name}={value!r}): must be True or False.")
+
+
+def _raised(layers: Layers, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Scores of at least 0: where some are negative, every unit's is raised by the same."""
+    weights = {layer.name: layer.weight.numel() // layer.size for layer in layers}
+    lowest = min(float(scores[name].detach().min()) * n for name, n in weights.items())
+    if not lowest < 0:
+        return scores
+    return {name: score.double() - lowest / weights[name] for name, score in scores.items()}

@@ -184,6 +184,7 @@ class Engine:
         self.masks.commit(list(layers.values()), self._optimizers())
         for run, share in shares:
             run.share = share
+            self._warn_of_dead_layers(run)
 
     def _refuse_ramps_that_never_move(self) -> None:
         for run in self.runs:
@@ -379,6 +380,7 @@ class Engine:
         run.share = share
         run.pending = False
         run.last_epoch = self._epoch
+        self._warn_of_dead_layers(run)
 
     def _with_gradient(self, run: Run, layers: Layers) -> Layers:
         """The layers that have what an update of them reads."""
@@ -398,6 +400,19 @@ class Engine:
         return ready
 
     # ---------------------------------------------------------------------- what is odd
+
+    def _warn_of_dead_layers(self, run: Run) -> None:
+        """Say which layers of a method have no live weight left."""
+        for name in run.names:
+            kept = self.masks[name]
+            if kept.numel and not kept.live:
+                self._warn(
+                    f"{name} is dead",
+                    f"{run.key}: {name} has no live weight left. Nothing passes through the layer "
+                    "any more, and what has no way around it stops training. Raise the density, "
+                    "choose a distribution that leaves every layer some weights, or leave the "
+                    "layer out with exclude=.",
+                )
 
     def warn_of_idle_methods(self) -> None:
         """Say which methods will make no update, or a single one where many are meant."""

@@ -107,7 +107,7 @@ class MaskKeeper(Callback):
         else:  # steps lie behind where a dense training goes on
             steps = trainer.global_step // max(len(trainer.optimizers), 1)
             seed = int(trainer.strategy.broadcast(default_seed()))
-            view = ModelView(trainer, pl_module)
+            view = ModelView(trainer, pl_module, seed=seed)
             engine.begin(seed, steps, strict=not dev_run, view=view)
             if not dev_run:
                 engine.warn_of_idle_methods()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections import deque
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.apply_func import apply_to_collection
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import (
@@ -26,6 +27,7 @@ from torch.utils.data import (
 )
 
 from lightning_sparsity.core.filters import plain_name
+from lightning_sparsity.core.isolation import isolated
 from lightning_sparsity.core.layer import Layer, Layers
 from lightning_sparsity.core.ranks import mean_over_ranks
 
@@ -35,6 +37,10 @@ LossFunction = Callable[[pl.LightningModule, Any], Tensor]
 ForwardFunction = Callable[[pl.LightningModule, Any], Tensor]
 """Gets the LightningModule and a batch, and returns the output of the network."""
 
+_T = TypeVar("_T")
+_READING = ("__iter__", "_get_iterator")  # what a loader of another kind may do otherwise
+_PATIENCE = 3.0  # seconds until there is a progress bar
+
 
 class ModelView:
     """The model as a method may use it before the first step.
@@ -43,18 +49,25 @@ class ModelView:
         trainer: The Trainer.
         module: The LightningModule, not wrapped.
         layers: Layers that stand for weights of the module.
+        seed: Of the run, the same on every rank.
     """
 
     def __init__(
-        self, trainer: pl.Trainer, module: pl.LightningModule, layers: Iterable[Layer] = ()
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        layers: Iterable[Layer] = (),
+        *,
+        seed: int = 0,
     ) -> None:
+        self.seed = seed
         self._trainer = trainer
         self._module = module
         self._layers = tuple(layers)
 
     def of(self, layers: Iterable[Layer]) -> ModelView:
         """The model with these layers in it."""
-        return ModelView(self._trainer, self._module, layers)
+        return ModelView(self._trainer, self._module, layers, seed=self.seed)
 
     @contextmanager
     def open(
@@ -63,51 +76,45 @@ class ModelView:
         *,
         mode: Literal["train", "eval"] = "train",
         dtype: torch.dtype = torch.float32,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> Iterator[Pass]:
         """Work on copies of all parameters and buffers; nothing that happens inside stays.
 
         What is put back or never touched: parameters, gradients, buffers, the training mode of
         every module, tensors, lists, dicts and numbers that modules have as attributes (the
-        states of metrics, say), and the random numbers of torch, NumPy and Python. Logging is
-        silent, autocasting off, and a compiled module runs eagerly.
+        states of metrics, say), and the random numbers of torch, NumPy and Python (see
+        :func:`~lightning_sparsity.core.isolation.isolated`). Logging is silent, autocasting
+        off, ``dtype`` the default, and a compiled module runs eagerly.
 
         Args:
             layers: Put their weights, times their masks, into the copy, those of all others
                 as the methods before left them.
             mode: "train" or "eval", for all modules.
             dtype: Of the copies and of what is floating point in batches.
-            seed: Of random numbers drawn inside.
+            seed: Of random numbers drawn inside; None: that of the run.
 
         Yields:
             The copy of the model.
         """
-        modules = list(self._module.modules())
+        seed = self.seed if seed is None else seed
         trained = {plain_name(n) for n, p in self._module.named_parameters() if p.requires_grad}
-        saved = [(module, dict(vars(module))) for module in modules]
-        copies: dict[int, Any] = {}
         device = next((p.device.type for p in self._module.parameters()), "cpu")
+        data = self._trainer.train_dataloader
         with ExitStack() as stack:
-            stack.enter_context(isolate_rng(include_cuda=True))
+            stack.enter_context(isolated(self._module, data, dtype=dtype, seed=seed))
+            stack.enter_context(_silent(self._trainer, self._module))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autocast(device, enabled=False))
             if hasattr(torch.compiler, "set_stance"):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            torch.manual_seed(seed)
-            try:
-                for module in modules:
-                    _copy_into(module, copies, dtype)
-                    module.training = mode == "train"
-                for name in ("log", "log_dict"):
-                    vars(self._module)[name] = _log_nothing
-                opened = Pass(self._trainer, self._module, dtype, seed, trained)
-                opened.put(self._layers)
-                opened.put(layers)
-                yield opened
-            finally:
-                for module, attributes in saved:
-                    vars(module).clear()
-                    vars(module).update(attributes)
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(dtype)
+            for module in self._module.modules():
+                module.training = mode == "train"
+            opened = Pass(self._trainer, self._module, dtype, seed, trained)
+            opened.put(self._layers)
+            opened.put(layers)
+            yield opened
 
 
 class Pass:
@@ -158,9 +165,6 @@ class Pass:
         for name, tensor in tensors.items():
             for module, key in self._places[name]:
                 vars(module)["_parameters"][key] = tensor
-        for module in self.module.modules():
-            if isinstance(module, nn.RNNBase):
-                module._flat_weights = [getattr(module, key) for key in module._flat_weights_names]
 
     def batches(self, count: int, data: Iterable[Any] | None = None) -> list[Any]:
         """The first batches of a fresh iterator, moved to the device.
@@ -175,7 +179,8 @@ class Pass:
                 disturbing training.
             ValueError: If there is no batch.
         """
-        found = list(islice(self.stream(data), count))
+        first = islice(self.stream(data), count)
+        found = list(self.progress(first, "data for scoring", count))
         if not found:
             raise ValueError("the data for scoring is empty: there is no batch.")
         return found
@@ -192,6 +197,21 @@ class Pass:
         """
         source = self._fresh_loader() if data is None else data
         return map(self._moved, iter(source))
+
+    def progress(self, items: Iterable[_T], what: str, count: int | None = None) -> Iterable[_T]:
+        """The items, with a progress bar if they take long and the Trainer shows any.
+
+        Args:
+            items: What is gone through.
+            what: A word on it.
+            count: How many there are; None: as many as ``len`` says.
+        """
+        bar = self._trainer.progress_bar_callback
+        shown = (
+            self._trainer.is_global_zero and bar is not None and getattr(bar, "is_enabled", True)
+        )
+        options = {"total": count, "leave": False, "delay": _PATIENCE, "file": sys.stdout}
+        return Tqdm(items, desc=what, **options) if shown else items
 
     def output(self, batch: Any, forward_fn: ForwardFunction | None = None) -> Tensor:
         """What the network makes of one batch, such as logits.
@@ -264,7 +284,7 @@ class Pass:
     ) -> dict[str, Tensor]:
         """Mean gradient of the loss over batches and ranks, dense, by parameter name."""
         total = {name: torch.zeros_like(self.weights[name]) for name in names}
-        for batch in batches:
+        for batch in self.progress(batches, "scoring"):
             found = torch.autograd.grad(
                 self.loss(batch, loss_fn), [self.weights[n] for n in names], allow_unused=True
             )
@@ -289,13 +309,15 @@ class Pass:
         """
         weights = [self.weights[name] for name in vectors]
         total = {name: torch.zeros_like(vector) for name, vector in vectors.items()}
-        for batch in batches:
+        for batch in self.progress(batches, "scoring"):
             with sdpa_kernel(SDPBackend.MATH):  # the fused attentions cannot be derived twice
                 grads = torch.autograd.grad(
                     self.loss(batch, loss_fn), weights, create_graph=True, allow_unused=True
                 )
             pairs = zip(grads, vectors.values(), strict=True)
-            along = sum((grad * v).sum() for grad, v in pairs if grad is not None)
+            along = torch.stack([(grad * v).sum() for grad, v in pairs if grad is not None]).sum()
+            if not along.requires_grad:  # the loss is linear in the weights
+                continue
             products = torch.autograd.grad(along, weights, allow_unused=True)
             for name, product in zip(vectors, products, strict=True):
                 if product is not None:
@@ -325,13 +347,17 @@ class Pass:
         return apply_to_collection(batch, Tensor, cast)
 
     def _fresh_loader(self) -> DataLoader[Any]:
-        """A loader like the Trainer's, with an iterator and an order of its own."""
+        """A loader like the Trainer's, with an iterator and an order of its own.
+
+        It has workers where that one has, so that data sets are used where they are in training.
+        """
         loader: Any = self._trainer.train_dataloader
         plain = (
             isinstance(loader, DataLoader)
             and not isinstance(loader.dataset, IterableDataset)
             and type(loader.batch_sampler) is BatchSampler
             and isinstance(loader.sampler, RandomSampler | SequentialSampler | DistributedSampler)
+            and all(getattr(type(loader), name) is getattr(DataLoader, name) for name in _READING)
         )
         if not plain:
             raise MisconfigurationException(
@@ -339,61 +365,39 @@ class Pass:
                 "without disturbing training (an iterable data set, a sampler of its own, several "
                 "loaders, or no DataLoader); give data=, batches or a loader just for scoring."
             )
-        sampler = loader.sampler
-        in_order = isinstance(sampler, SequentialSampler) or not getattr(sampler, "shuffle", True)
-        order = torch.Generator().manual_seed(self._seed)
-        world = self._trainer.world_size
-        if world > 1:
-            sampler = DistributedSampler(
-                loader.dataset,
-                num_replicas=world,
-                rank=self._trainer.global_rank,
-                shuffle=not in_order,
-                seed=self._seed % 2**31,
-            )
-        elif not in_order:
-            sampler = RandomSampler(loader.dataset, generator=order)
-        else:
-            sampler = SequentialSampler(loader.dataset)
+        in_order = isinstance(loader.sampler, SequentialSampler)
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            loader.dataset,
+            num_replicas=self._trainer.world_size,
+            rank=self._trainer.global_rank,
+            shuffle=getattr(loader.sampler, "shuffle", not in_order),
+            seed=self._seed % 2**31,
+        )
         return DataLoader(
             loader.dataset,
             batch_size=loader.batch_size,
             sampler=sampler,
             collate_fn=loader.collate_fn,
             drop_last=loader.drop_last,
-            generator=order,
+            generator=torch.Generator().manual_seed(self._seed),
+            num_workers=loader.num_workers,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+            prefetch_factor=loader.prefetch_factor,
+            timeout=loader.timeout,
         )
 
 
-def _copy_into(module: nn.Module, copies: dict[int, Any], dtype: torch.dtype) -> None:
-    """Give a module copies in the place of all that a forward pass could change."""
-
-    def copy(value: Any) -> Any:
-        if id(value) in copies:
-            return copies[id(value)]
-        made = value
-        if isinstance(value, nn.Parameter):
-            made = nn.Parameter(value.detach().clone().to(_floating(value, dtype)))
-            made.requires_grad_(made.is_floating_point())
-        elif isinstance(value, Tensor):
-            made = value.detach().clone().to(_floating(value, dtype))
-        elif type(value) in (list, set, deque):
-            made = type(value)(copy(item) for item in value)
-        elif type(value) is dict:
-            made = {key: copy(item) for key, item in value.items()}
-        if made is not value:
-            copies[id(value)] = made
-        return made
-
-    attributes = vars(module)
-    for name, value in list(attributes.items()):
-        if name == "_modules" or name.endswith("_hooks") or name.endswith("_hooks_with_kwargs"):
-            continue
-        attributes[name] = copy(value)
-
-
-def _floating(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    return dtype if tensor.is_floating_point() else tensor.dtype
+@contextmanager
+def _silent(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
+    """Nothing that the model logs arrives anywhere. Its attributes are put back by others."""
+    vars(module).update(log=_log_nothing, log_dict=_log_nothing)
+    loggers = trainer.loggers
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
 
 
 def _log_nothing(*args: Any, **kwargs: Any) -> None:

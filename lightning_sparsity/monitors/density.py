@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparsity import reports
 from lightning_sparsity.callbacks.base import SparsityCallback
+from lightning_sparsity.connectivity import CollapseError
 from lightning_sparsity.core.keeper import MaskKeeper
 from lightning_sparsity.monitors import tensorboard
 from lightning_sparsity.monitors.watch import Watch
@@ -34,7 +35,10 @@ class DensityMonitor(SparsityCallback):
     - ``flops/inference``: :math:`F = \sum_l f_l d_l + f_o`, per sample;
     - ``flops/training``: per sample, in the mean of the training so far;
     - ``flops/inference_ratio``, ``flops/training_ratio``: the same, divided by those of the
-      dense model.
+      dense model;
+    - with ``connectivity``, ``effective_density/total``: live weights on a path from input to
+      output / weights; and by parameter ``dead_neurons/``: output units without a live
+      weight, or that the next layer does not read.
 
     The first three also by parameter, such as ``density/net.0.weight``. Here :math:`f_l` are
     the forward FLOPs of a layer, 2 per multiply-accumulate, :math:`d_l` its density and
@@ -56,9 +60,18 @@ class DensityMonitor(SparsityCallback):
         histograms: When TensorBoard gets histograms and the picture: batches between them,
             "epoch", or None for never.
         print_tables: Whether to print the reports.
+        connectivity: Whether to follow paths through the linear and convolutional layers. The
+            graph of the model is read off its modules: exact if each of them calls its layers
+            one after the other, a guess inside modules with skip connections or parallel
+            branches (see :mod:`lightning_sparsity.connectivity`).
+        on_collapse: What follows when a layer has no live weight left or, with
+            ``connectivity``, none on a path: "warn" once, or "error", which ends training.
 
     Raises:
-        ValueError: If ``histograms`` is not a positive number of batches, "epoch" or None.
+        ValueError: If ``histograms`` is not a positive number of batches, "epoch" or None, or
+            ``on_collapse`` is neither "warn" nor "error".
+        TypeError: If ``connectivity`` is not True or False.
+        CollapseError: In training, if asked for by ``on_collapse``.
 
     Example::
 
@@ -71,6 +84,8 @@ class DensityMonitor(SparsityCallback):
         per_layer: bool = True,
         histograms: int | Literal["epoch"] | None = "epoch",
         print_tables: bool = True,
+        connectivity: bool = False,
+        on_collapse: Literal["warn", "error"] = "warn",
     ) -> None:
         whole = isinstance(histograms, int) and not isinstance(histograms, bool)
         if not (histograms in (None, "epoch") or (whole and int(histograms) > 0)):
@@ -78,15 +93,26 @@ class DensityMonitor(SparsityCallback):
                 f"DensityMonitor(histograms={histograms!r}): must be a positive number of batches, "
                 '"epoch", or None for no histograms.'
             )
+        if not isinstance(connectivity, bool):
+            raise TypeError(
+                f"DensityMonitor(connectivity={connectivity!r}): must be True or False."
+            )
+        if on_collapse not in ("warn", "error"):
+            raise ValueError(
+                f'DensityMonitor(on_collapse={on_collapse!r}): must be "warn" or "error".'
+            )
         self.per_layer = per_layer
         self.histograms = histograms
         self.print_tables = print_tables
+        self.connectivity = connectivity
+        self.on_collapse = on_collapse
         self._restored: dict[str, Any] = {}
         self._model: Callable[[], pl.LightningModule | None] = _nobody
         self._watch: Watch | None = None
         self._logged = True
         self._drawn = -1
         self._flops_told = False
+        self._warned: set[str] = set()
 
     # ------------------------------------------------------------------ start and end
 
@@ -108,13 +134,17 @@ class DensityMonitor(SparsityCallback):
             pl_module: The model.
             keeper: Owner of the masks.
         """
-        self._watch = watch = Watch(keeper, pl_module, _step(trainer))
+        self._watch = watch = Watch(keeper, pl_module, _step(trainer), self.connectivity)
         watch.load_state_dict(self._restored)
         self._restored = {}
         self._logged, self._drawn, self._flops_told = True, -1, False
         for writer in tensorboard.writers(trainer):
             writer.add_custom_scalars(tensorboard.layout())
-        self._report(trainer, "start", reports.allocation_table(watch.masks, pl_module))
+        self._warned = set()
+        table = reports.allocation_table(watch.masks, pl_module)
+        wired = reports.connectivity_line(watch.wiring) if watch.wiring else ""
+        self._report(trainer, "start", "\n".join(filter(None, (table, wired))))
+        self._judge(watch)
         self._tell_flops(watch)  # known already, if training resumes
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -181,6 +211,8 @@ class DensityMonitor(SparsityCallback):
             return
         updated = watch.end_batch(_samples(batch), trainer.accumulate_grad_batches, _step(trainer))
         self._tell_flops(watch)
+        if updated:
+            self._judge(watch)
         if (updated or watch.batches == 1) and not trainer.barebones:
             _show(pl_module, watch.tracker.density)
         if _accumulates(trainer):
@@ -203,6 +235,21 @@ class DensityMonitor(SparsityCallback):
         """Validation is not part of a batch's time."""
         if self._watch is not None:
             self._watch.clock.pause()
+
+    def _judge(self, watch: Watch) -> None:
+        """Warn or stop if nothing passes through a layer any more."""
+        dead, cut = watch.dead_layers, watch.cut_layers
+        told = [f"no live weight is left in {', '.join(dead)}"] if dead else []
+        told += [f"none is on a path from input to output in {', '.join(cut)}"] if cut else []
+        message = f"Layer collapse: {'; '.join(told)}."
+        if told and self.on_collapse == "error":
+            raise CollapseError(
+                f"{message} Raise the density, or choose a distribution that leaves every layer "
+                'some weights; DensityMonitor(on_collapse="warn") goes on.'
+            )
+        if set(cut) - self._warned:  # of dead layers the engine warns
+            self._warned.update(cut)
+            rank_zero_warn(message)
 
     # ------------------------------------------------------------------------- output
 

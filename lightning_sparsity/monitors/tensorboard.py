@@ -24,7 +24,7 @@ def writers(trainer: pl.Trainer) -> Iterator[Any]:
 def layout() -> dict[str, dict[str, list[Any]]]:
     """Charts of the custom scalars page; a logger's prefix may stand before each tag."""
     charts = {
-        "density": "density/total$",
+        "density": "(effective_)?density/total$",
         "density by layer": "density/(?!total$)",
         "churn: dropped by the last update / live before": "churn/",
         "ever live / all weights (in-time over-parameterisation)": "itop/",

@@ -6,7 +6,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_sparsity import reports
+from lightning_sparsity import connectivity, reports
+from lightning_sparsity.connectivity import Wiring
 from lightning_sparsity.core.keeper import MaskKeeper
 from lightning_sparsity.core.masks import Masks
 from lightning_sparsity.core.run import Run
@@ -23,6 +24,7 @@ class Watch:
         keeper: Owner of the masks, made or restored.
         model: The model being fitted.
         step: The step of the loggers at which it begins.
+        wires: Whether to follow which weights lie on a path from input to output.
 
     Attributes:
         masks: The masks.
@@ -33,7 +35,9 @@ class Watch:
         batches: Batches of this ``fit`` so far.
     """
 
-    def __init__(self, keeper: MaskKeeper, model: pl.LightningModule, step: int) -> None:
+    def __init__(
+        self, keeper: MaskKeeper, model: pl.LightningModule, step: int, wires: bool = False
+    ) -> None:
         assert keeper.masks is not None
         self.masks: Masks = keeper.masks
         self.tracker = MaskTracker(self.masks)
@@ -44,6 +48,9 @@ class Watch:
         self.batches = 0
         self._keeper = keeper
         self._model = model
+        self._wires = wires
+        self._wiring: dict[str, Wiring] = {}
+        self._wired_at = -1
         self._updates = _updates(keeper)
         self._counter: FlopCounter | None = None
         self._forward_ended = False
@@ -111,9 +118,39 @@ class Watch:
         """Everything that is logged, by name."""
         return {
             **self.tracker.metrics(),
+            **self._connectivity(),
             **self._drop_fractions(),
             **self.cost.metrics(self.tracker.densities),
         }
+
+    @property
+    def dead_layers(self) -> list[str]:
+        """Layers that have no live weight."""
+        return [kept.name for kept in self.masks if kept.numel and not kept.live]
+
+    @property
+    def cut_layers(self) -> list[str]:
+        """Layers that have live weights and none on a path, as far as paths are followed."""
+        return [name for name, layer in self.wiring.items() if layer.live and not layer.effective]
+
+    @property
+    def wiring(self) -> dict[str, Wiring]:
+        """How the sparse parameters are wired, if asked for; outside chains all is effective."""
+        if self._wires and self._wired_at != self.masks.changes:
+            self._wired_at = self.masks.changes
+            masks = {kept.name: kept.mask for kept in self.masks}
+            found = connectivity.wiring(connectivity.layers_of(self._model, masks))
+            apart = {k.name: Wiring(k.numel, k.live, k.live, 0, 0) for k in self.masks}
+            self._wiring = {name: found.get(name, apart[name]) for name in masks}
+        return self._wiring
+
+    def _connectivity(self) -> dict[str, float]:
+        if not self._wires:
+            return {}
+        total = connectivity.effective_density(self.wiring)
+        wired = {name: layer for name, layer in self.wiring.items() if layer.neurons}
+        dead = {f"dead_neurons/{name}": layer.dead_neurons for name, layer in wired.items()}
+        return {"effective_density/total": total, **dead}
 
     def _drop_fractions(self) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -131,6 +168,8 @@ class Watch:
         parts = []
         if len(self.masks):
             parts.append(reports.final_table(self.masks, self.tracker.courses(), flops))
+        if self.wiring:
+            parts.append(reports.connectivity_line(self.wiring))
         parts.append(reports.flops_line(flops, self.tracker.densities))
         if not flops.unknown:
             parts.append(reports.training_flops_line(self.cost.spent, flops))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -14,16 +15,22 @@ from lightning_sparsity import (
     ACDC,
     CHT,
     DSR,
+    FORCE,
     GMP,
     GSE,
     MEST,
     SET,
     SNFS,
+    SNIP,
     DeepR,
     GraNet,
+    GraSP,
+    IterSNIP,
+    LotteryTicket,
     Magnitude,
     MaskCallback,
     NeST,
+    ProsPr,
     RedrGradient,
     RedrGradientGlobal,
     RedrLoss,
@@ -31,19 +38,53 @@ from lightning_sparsity import (
     RedrWoodfisher,
     RedrWoodtaylor,
     RigL,
+    SNAPit,
+    SNIPit,
     SRigL,
     StaticSparse,
+    SynFlow,
 )
 from lightning_sparsity.core.apportion import shares
 from lightning_sparsity.core.layer import Layer
 from lightning_sparsity.distributions import erk
 from lightning_sparsity.structures import Layout
+from lightning_sparsity.testing import Batch, Batches, TinyModel
 
 Make = Callable[..., MaskCallback]
+
+
+def loss_of(model: TinyModel, batch: Batch) -> Tensor:
+    """The loss to score by: under manual optimization ``training_step`` returns none."""
+    loss: Tensor = model.loss(batch)
+    return loss
+
+
+def scored(**options: Any) -> dict[str, Any]:
+    """What methods need that look at data: the loader of these tests is no DataLoader."""
+    return {"data": Batches(2), "loss_fn": loss_of, **options}
+
+
+def output_of(model: TinyModel, batch: Batch) -> Tensor:
+    """The logits: these models have no ``forward``."""
+    return model.net(batch[0])
+
+
+def by_output(**options: object) -> dict[str, object]:
+    """As :func:`scored`, for methods that ask for the output."""
+    return {"data": Batches(2), "forward_fn": output_of, **options}
+
 
 # Arguments that make each method act several times in a run of 24 steps.
 METHODS: dict[str, Make] = {
     "StaticSparse": lambda density=0.3, **kw: StaticSparse(density, **kw),
+    "SNIP": lambda density=0.3, **kw: SNIP(density, **scored(**kw)),
+    "IterSNIP": lambda density=0.3, **kw: IterSNIP(density, **scored(**{"rounds": 3, **kw})),
+    "FORCE": lambda density=0.3, **kw: FORCE(density, **scored(**{"rounds": 3, **kw})),
+    "SNIPit": lambda density=0.3, **kw: SNIPit(density, **scored(**kw)),
+    "SNAPit": lambda density=0.3, **kw: SNAPit(density, **scored(**{"exclude": (), **kw})),
+    "GraSP": lambda density=0.3, **kw: GraSP(density, **by_output(**kw)),
+    "SynFlow": lambda density=0.3, **kw: SynFlow(density, **by_output(**{"rounds": 5, **kw})),
+    "ProsPr": lambda density=0.3, **kw: ProsPr(density, **scored(**kw)),
     "SET": lambda density=0.3, **kw: SET(density, **kw),
     "GSE": lambda density=0.3, **kw: GSE(density, **{"update_interval": 4, **kw}),
     "RigL": lambda density=0.3, **kw: RigL(density, **{"update_interval": 4, **kw}),
@@ -62,15 +103,17 @@ METHODS: dict[str, Make] = {
     "DeepR": lambda density=0.3, **kw: DeepR(density, **{"temperature": 1e-3, **kw}),
     "MEST": lambda density=0.3, **kw: MEST(density, **{"update_interval": 4, **kw}),
     "ACDC": lambda density=0.3, **kw: ACDC(
-        density, **{"update_interval": 4, "compressed": ((0.3, 0.6), (0.8, 1.0)), **kw}
+        density, **{"update_interval": 2, "compressed": ((0.3, 0.6), (0.8, 1.0)), **kw}
     ),
     "NeST": lambda density=0.3, **kw: NeST(density, **{"update_interval": 4, **kw}),
     "DSR": lambda density=0.3, **kw: DSR(density, **{"update_interval": 4, **kw}),
     "SNFS": lambda density=0.3, **kw: SNFS(density, **kw),
     "GraNet": lambda density=0.3, **kw: GraNet(density, **{"update_interval": 4, **kw}),
+    "LotteryTicket": lambda density=0.3, **kw: LotteryTicket(density, **{"rounds": 2, **kw}),
     "Magnitude": lambda density=0.3, **kw: Magnitude(density, **{"at": 0.5, **kw}),
 }
-UPDATERS = [name for name in METHODS if name != "StaticSparse"]
+INITIAL = [name for name, make in METHODS.items() if make().role == "initial"]
+UPDATERS = [name for name in METHODS if name not in INITIAL]
 # Only the total of their live weights stays the same.
 MOVE_BETWEEN_LAYERS = ["RedrGradientGlobal", "DSR", "SNFS", "RedrWoodfisher", "RedrWoodtaylor"]
 SINGLE_WEIGHTS = [name for name, make in METHODS.items() if make().single_weights]
@@ -85,23 +128,26 @@ def expected_live(
     parts: Sequence[Sequence[str]] | None = None,
     layouts: Mapping[str, Layout] | None = None,
 ) -> int:
-    """Live weights at the end: the density to the weight, but for SRigL.
+    """Live weights at the end: the density to the weight, but for SNAPit and SRigL.
 
-    That has c weights at each of its a live neurons: at the start all neurons and the rounded
-    mean of the layer's budget, later as many as a neurons can share evenly of that.
+    SNAPit has the density of all neurons, each with all of its weights. SRigL has c weights
+    at each of its a live neurons: at the start all neurons and the rounded mean of the
+    layer's budget, later as many as a neurons can share evenly of that.
 
     Args:
         name: Of the method.
         density: What it was asked for.
-        masks: What it made; those of SRigL are checked row by row.
+        masks: What it made; those of SNAPit and SRigL are checked row by row.
         parts: The names of each optimizer's masks, if there are several.
         layouts: Of the masks that are not ``(out, in, ...)``.
     """
     numel = sum(mask.numel() for mask in masks.values())
+    parts = parts or [list(masks)]
+    if name == "SNAPit":
+        return _live_neurons(density, masks, parts, layouts or {})
     if name != "SRigL":
         return round(density * numel)
     live = 0
-    parts = parts or [list(masks)]
     sizes = [sum(masks[key].numel() for key in part) for part in parts]
     for part, total in zip(parts, shares(round(density * numel), sizes), strict=True):
         layers = [
@@ -120,6 +166,24 @@ def expected_live(
             assert set(fan_in.tolist()) - {0} == {start // active}, layer.name
             live += start // active * active
     return live
+
+
+def _live_neurons(
+    density: float,
+    masks: Mapping[str, Tensor],
+    parts: Sequence[Sequence[str]],
+    layouts: Mapping[str, Layout],
+) -> int:
+    """Weights of the live neurons, whose number in every part is checked."""
+    neurons = {
+        key: layouts.get(key, Layout()).canonical(mask).flatten(2).flatten(0, 1)
+        for key, mask in masks.items()
+    }
+    assert all((rows.all(1) == rows.any(1)).all() for rows in neurons.values())
+    sizes = [sum(len(neurons[key]) for key in part) for part in parts]
+    for part, budget in zip(parts, shares(round(density * sum(sizes)), sizes), strict=True):
+        assert sum(int(neurons[key].any(1).sum()) for key in part) == budget
+    return sum(int(mask.sum()) for mask in masks.values())
 
 
 def public_callbacks() -> set[str]:

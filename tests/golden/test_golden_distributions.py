@@ -17,6 +17,8 @@ from lightning_sparsity.distributions import (
     keep_dense,
     lamp,
     lamp_score,
+    smart_ratio,
+    smart_ratio_with,
     uniform,
     uniform_plus,
 )
@@ -25,11 +27,8 @@ from lightning_sparsity.scores import magnitude
 
 HERE = Path(__file__).parent
 DYNAMIC = json.loads((HERE / "dynamic.json").read_text())["cases"]
-LAMP = next(
-    case
-    for case in json.loads((HERE / "pruning.json").read_text())["cases"]
-    if case["name"] == "lamp_a"
-)
+PRUNING = {case["name"]: case for case in json.loads((HERE / "pruning.json").read_text())["cases"]}
+LAMP = PRUNING["lamp_a"]
 
 
 def cases(kind):
@@ -152,3 +151,19 @@ def test_counts_and_masks_of_the_lamp_code(lamp_layers, distribution, key, total
     ):
         (mask,) = top_k([magnitude(layer)], count)
         assert torch.equal(mask, torch.tensor(expected, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("name", "distribution"),
+    [("smart_ratio_resnet_a", smart_ratio), ("smart_ratio_vgg_a", smart_ratio_with(vgg=True))],
+)
+def test_smart_ratios(name, distribution):
+    given, expected = PRUNING[name]["inputs"], PRUNING[name]["expected"]
+    shapes = [(out, into, k, k) for into, out, k in given["conv_layers_in_out_k"]]
+    layers = layers_of([*shapes, tuple(given["linear_in_out"][::-1])])
+    assert [layer.size for layer in layers] == given["sizes"]
+    counts = distribution(layers, expected["budget"])
+    assert sum(counts) == expected["budget"]
+    # The official code rounds down layer by layer, in float32, and so loses one or two weights.
+    for count, official in zip(counts, expected["kept_per_layer"], strict=True):
+        assert 0 <= count - official <= 1

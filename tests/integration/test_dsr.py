@@ -192,7 +192,7 @@ class Watch(Callback):
 
 def test_the_threshold_finds_its_place() -> None:
     watch = Watch()
-    result = fit([DSR(0.2, update_interval=1), watch], max_epochs=5)
+    result = fit([DSR(0.2, update_interval=1, update_end=1.0), watch], max_epochs=5)
     assert {sum(live.values()) for _, live in result.history} == {round(0.2 * 2184)}
     assert len({tuple(live.values()) for _, live in result.history}) > 5
     for seen in watch.seen:
@@ -207,8 +207,8 @@ def test_every_optimizer_has_its_own_threshold() -> None:
     watch = Watch()
     result = fit([DSR(0.5, update_interval=1, update_end=20), watch], ManualModel)
     assert result.live == round(0.5 * 2184)
-    assert watch.seen[-1]["net.5.weight"] == watch.seen[-1]["net.7.weight"]
-    assert watch.seen[-1]["net.0.weight"] != watch.seen[-1]["net.5.weight"]
+    assert watch.seen[18]["net.5.weight"] == watch.seen[18]["net.7.weight"]
+    assert watch.seen[18]["net.0.weight"] != watch.seen[18]["net.5.weight"]
 
 
 def test_patterns_hold() -> None:

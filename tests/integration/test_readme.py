@@ -77,7 +77,7 @@ def test_config_names_what_exists() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["combining", "custom", "distributions", "parameters", "schedules"]
+    "page", ["combining", "custom", "distributions", "metrics", "parameters", "schedules"]
 )
 def test_code_of_the_documentation_runs(page: str) -> None:
     names: dict[str, object] = {"nn": nn, "apportion": apportion}

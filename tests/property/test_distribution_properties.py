@@ -18,11 +18,22 @@ from lightning_sparsity.distributions import (
     global_by,
     keep_dense,
     lamp,
+    smart_ratio_with,
     uniform,
 )
 from lightning_sparsity.scores import magnitude
 
-EXACT = [uniform, er, erk, erk_power(0.3), lamp, global_by(magnitude), keep_dense(er, "0", True)]
+EXACT = [
+    uniform,
+    er,
+    erk,
+    erk_power(0.3),
+    lamp,
+    global_by(magnitude),
+    keep_dense(er, "0", True),
+    smart_ratio_with(linear=1e-9),
+    smart_ratio_with(linear=1e-9, vgg=True),
+]
 LOOSE = [epsilon(1.5), fan_in, keep_dense(uniform, "0")]
 
 

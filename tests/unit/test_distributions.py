@@ -21,6 +21,8 @@ from lightning_sparsity.distributions import (
     lamp,
     lamp_score,
     per_layer,
+    smart_ratio,
+    smart_ratio_with,
     uniform,
     uniform_plus,
     unmatched,
@@ -348,6 +350,46 @@ def test_in_proportion_refuses_what_cannot_be():
         in_proportion(3)
 
 
+# Smart ratios
+
+
+CONVS = {"a": (8, 3, 3, 3), "b": (16, 8, 3, 3), "c": (16, 16, 3, 3), "fc": (10, 16)}
+
+
+@pytest.mark.parametrize("vgg", [False, True])
+def test_smart_ratios_fall_with_depth(vgg):
+    net = dense_layers(CONVS)
+    # 20 : 12 : 6, or 20 : 3 : 2/3, of four layers.
+    counts = smart_ratio_with(vgg=vgg)(net, 383)
+    densities = [n / layer.size for n, layer in zip(counts, net, strict=True)]
+    shares = (20, 3, 2 / 3) if vgg else (20, 12, 6)
+    for density, share in zip(densities, shares, strict=False):
+        assert density / densities[0] == pytest.approx(share / 20, rel=0.02)
+    assert densities[3] == 0.3
+
+
+def test_smart_ratios_of_full_layers():
+    net = dense_layers(CONVS)
+    first, *others, linear = smart_ratio(net, 2000)
+    assert (first, linear) == (216, 48)
+    assert others[0] / 1152 == pytest.approx(2 * others[1] / 2304, rel=0.01)
+    assert smart_ratio(net, 3720) == [216, 1152, 2304, 48]
+    assert smart_ratio(net, 3800) == [216, 1152, 2304, 128]
+    assert smart_ratio(net, 3832) == [216, 1152, 2304, 160]
+    assert sum(smart_ratio_with(linear=0.7)(net, 383)) == 383
+    assert smart_ratio_with(linear=0.7)(net, 383)[3] == 112
+
+
+def test_smart_ratios_that_cannot_pay_for_the_linear_layers(lenet):
+    net = dense_layers(CONVS)
+    assert smart_ratio(net, 51) == [1, 1, 1, 48]
+    with pytest.raises(ValueError, match=r"50 live units are too few.*smallest density is 0\.0133"):
+        smart_ratio(net, 50)
+    with pytest.raises(ValueError, match=r"too few.*is 0\.3; .*such as erk"):
+        smart_ratio(lenet, 26620)
+    assert smart_ratio(lenet, 79860) == [70560, 9000, 300]
+
+
 # Budgets
 
 
@@ -440,6 +482,8 @@ def test_needs_gradient():
         per_layer({"*": 0.1}),
         keep_dense(erk, ["fc3"]),
         in_proportion(size),
+        smart_ratio,
+        smart_ratio_with(vgg=True),
     ):
         assert not needs_gradient(distribution)
 
@@ -454,6 +498,7 @@ def test_needs_gradient():
         global_by(magnitude, min_per_layer=3),
         in_proportion(size),
         per_layer({"fc3": 1.0, "*": 0.1}),
+        smart_ratio_with(linear=0.2, vgg=True),
         keep_dense(global_by(lamp_score), ["fc3", "conv*"], charge=True),
     ],
 )
@@ -470,6 +515,8 @@ def test_pickles_compare_hash_and_repeat_the_call(distribution):
         (lambda: erk_power(-1), ValueError, r"erk_power\(power=-1\): power must be"),
         (lambda: erk_power("1"), ValueError, "1 is erk"),
         (lambda: erk_power(math.nan), ValueError, "1 is erk"),
+        (lambda: smart_ratio_with(0), ValueError, r"linear=0, vgg=False\): linear must be a"),
+        (lambda: smart_ratio_with(1.5), ValueError, "the authors' is 0.3"),
         (lambda: epsilon(0), ValueError, r"epsilon\(value=0\): value must be"),
         (lambda: epsilon(math.inf), ValueError, "not a density"),
         (lambda: epsilon(True), ValueError, "not a density"),

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lightning_sparsity import NM, Rows, Unstructured, reports
+from lightning_sparsity.connectivity import Wiring
 from lightning_sparsity.core.filters import candidates, linear_and_conv
 from lightning_sparsity.core.masks import Masks
 from lightning_sparsity.core.parameter import SparseParameter
@@ -26,15 +27,17 @@ def make(*structures):
 def test_allocation():
     model, masks = make()
     assert reports.allocation_table(masks, model) == (
-        "sparse parameter | shape | density | live | weights\n"
-        "---------------------------------------------------\n"
-        "0.weight         | 4 x 3 |  0.5000 |    6 |      12\n"
-        "2.weight         | 2 x 4 |  0.2500 |    2 |       8\n"
-        "---------------------------------------------------\n"
-        "total            |       |  0.4000 |    8 |      20\n"
+        "sparse parameter | shape | density | live | weights | dead rows\n"
+        "---------------------------------------------------------------\n"
+        "0.weight         | 4 x 3 |  0.5000 |    6 |      12 |    2 of 4\n"
+        "2.weight         | 2 x 4 |  0.2500 |    2 |       8 |          \n"
+        "---------------------------------------------------------------\n"
+        "total            |       |  0.4000 |    8 |      20 |          \n"
         "Dense: the other 2 parameters (6 weights)."
     )
     assert "Dense" not in reports.allocation_table(masks)
+    masks["0.weight"].set_mask(torch.tensor([[True, False, False]] * 4))
+    assert "dead" not in reports.allocation_table(masks)
 
 
 def test_allocation_in_units():
@@ -43,6 +46,7 @@ def test_allocation_in_units():
     assert header.endswith(" live units")
     assert first.endswith("2 of 4 Rows()")
     assert second.endswith(f"2 of 8 {NM(1, 4)!r}")
+    assert "dead" not in header  # the structure says which rows there are
 
 
 def test_allocation_of_a_dense_model():
@@ -60,12 +64,12 @@ def test_final_table():
         "2.weight": Course(2, 5, 3),
     }
     assert reports.final_table(masks, courses) == (
-        "sparse parameter | density at start | at end | live | ever live | dropped\n"
-        "-------------------------------------------------------------------------\n"
-        "0.weight         |           1.0000 | 0.5000 |    6 |    100.0% |   1,006\n"
-        "2.weight         |           0.2500 | 0.2500 |    2 |     62.5% |       3\n"
-        "-------------------------------------------------------------------------\n"
-        "total            |           0.7000 | 0.4000 |    8 |     85.0% |   1,009"
+        "sparse parameter | density at start | at end | live | ever live | dropped | dead rows\n"
+        "-------------------------------------------------------------------------------------\n"
+        "0.weight         |           1.0000 | 0.5000 |    6 |    100.0% |   1,006 |    2 of 4\n"
+        "2.weight         |           0.2500 | 0.2500 |    2 |     62.5% |       3 |          \n"
+        "-------------------------------------------------------------------------------------\n"
+        "total            |           0.7000 | 0.4000 |    8 |     85.0% |   1,009 |          "
     )
 
 
@@ -80,6 +84,14 @@ def test_final_table_with_flops():
     known = Flops({"0.weight": 24_000.0, "2.weight": 16.0})
     assert column(known) == ["FLOPs", "12.0 k", "4.00", "12.0 k"]
     assert column(Flops({"2.weight": 16.0}, unknown="reason")) == ["FLOPs", "?", "4.00", "?"]
+
+
+def test_connectivity_line():
+    wired = {"a": Wiring(80, 10, 8, 6, 1), "b": Wiring(20, 2, 2, 2, 0)}
+    assert reports.connectivity_line(wired) == (
+        "Effective density: 0.1000; 10 of 12 live weights lie on a path from input to output. "
+        "Dead neurons: 1 of 8."
+    )
 
 
 def test_flops_lines():

@@ -11,7 +11,7 @@ from lightning_sparsity.core.randomness import generator
 from lightning_sparsity.distributions import fan_in
 from lightning_sparsity.rules import chain
 from lightning_sparsity.scores import needs_gradient
-from lightning_sparsity.starts import sparse_uniform, spread_inputs
+from lightning_sparsity.starts import approximate_isometry, sparse_uniform, spread_inputs
 from lightning_sparsity.structures import NM, Block, Columns, Layout, Rows
 
 
@@ -227,3 +227,119 @@ def test_what_the_engine_and_the_user_ask():
         ValueError, match=r"fan_in='sparse'\): fan_in must be \"live\" or \"dense\""
     ):
         sparse_uniform("sparse")
+
+
+# Approximate isometry
+
+
+def sparse(*shape, share=0.3, **kwargs):
+    part = dense(*shape, **kwargs)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < share
+    weight = 0.1 * part.weight
+    return dataclasses.replace(part, mask=mask, weight=weight.to(kwargs.get("dtype", weight.dtype)))
+
+
+def lengths(layer):
+    """Singular values of each group's matrix, ``(groups, fewer of outputs and links)``."""
+    view = layer.layout.canonical(layer.weight * layer.mask)
+    return torch.linalg.svdvals(view.flatten(2))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        sparse(20, 60),
+        sparse(60, 20),
+        sparse(16, 8, 3, 3),
+        sparse(16, 8, 3, 3, layout=Layout(groups=2)),
+        sparse(8, 16, 3, 3, layout=Layout(transposed=True)),
+        sparse(12, 4, 3, 3, layout=Layout(groups=2, transposed=True)),
+    ],
+    ids=["linear", "tall", "conv", "grouped", "transposed", "grouped transposed"],
+)
+@pytest.mark.parametrize("orthogonal", [False, True])
+def test_isometry_keeps_lengths(part, orthogonal):
+    before = lengths(part)
+    after = apply(approximate_isometry(orthogonal=orthogonal), part)
+    assert not ((before - 1).abs() < 0.2).all()
+    assert ((lengths(after) - 1).abs() < 0.06).all()
+    assert not after.weight[~part.mask].any()
+    assert torch.equal(after.mask, part.mask)
+    assert after.weight.shape == part.weight.shape
+    assert after.weight.is_contiguous()
+
+
+def test_isometry_takes_the_best_of_its_way():
+    # Steps of a constant length circle around the minimum.
+    part = sparse(20, 60)
+    penalties = [
+        float((lengths(apply(approximate_isometry(steps, tolerance=0), part)) ** 2 - 1).norm())
+        for steps in (1, 10, 200, 201, 202, 203)
+    ]
+    assert penalties == sorted(penalties, reverse=True)
+    assert penalties[-1] < 0.1
+
+
+def test_isometry_stops_when_it_gains_no_more(monkeypatch):
+    norms = []
+    norm = torch.Tensor.norm
+    monkeypatch.setattr(torch.Tensor, "norm", lambda t, *a: norms.append(1) or norm(t, *a))
+    apply(approximate_isometry(), sparse(20, 60))
+    assert 100 < len(norms) < 1000
+    norms.clear()
+    apply(approximate_isometry(steps=120, tolerance=0), sparse(20, 60))
+    assert len(norms) == 121
+
+
+def test_isometry_of_an_exact_start_and_of_dead_rows():
+    exact = dataclasses.replace(dense(4, 8), weight=torch.eye(4, 8), mask=torch.eye(4, 8).bool())
+    assert torch.equal(apply(approximate_isometry(), exact).weight, exact.weight)
+    part = sparse(6, 20)
+    part.mask[2] = False
+    after = apply(approximate_isometry(), part)
+    assert after.weight.isfinite().all()
+    assert not after.weight[2].any()
+    assert ((lengths(after)[0, :5] - 1).abs() < 0.06).all()
+
+
+def test_isometry_begins_with_the_model_or_with_a_draw():
+    one, other = sparse(8, 20), sparse(8, 20, seed=5)
+    own, drawn = approximate_isometry(), approximate_isometry(orthogonal=True)
+    assert not torch.equal(apply(own, one).weight, apply(own, other).weight)
+    state = torch.get_rng_state()
+    first = apply(drawn, dataclasses.replace(one, generator=generator(1))).weight
+    again = apply(drawn, dataclasses.replace(other, generator=generator(1))).weight
+    assert torch.equal(first, again)
+    assert not torch.equal(
+        first, apply(drawn, dataclasses.replace(one, generator=generator(2))).weight
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_isometry_leaves_dense_layers_and_types():
+    part = dense(4, 5)
+    assert apply(approximate_isometry(orthogonal=True), part) is part
+    for dtype in (torch.bfloat16, torch.float64):
+        after = apply(approximate_isometry(steps=5), sparse(8, 20, share=0.5)).weight
+        assert after.dtype == torch.float32
+        half = sparse(8, 20, share=0.5)
+        half = dataclasses.replace(half, weight=half.weight.to(dtype))
+        assert apply(approximate_isometry(steps=5), half).weight.dtype == dtype
+
+
+def test_arguments_of_isometry():
+    rule = approximate_isometry(steps=5, lr=0.2)
+    assert not needs_gradient(rule)
+    assert pickle.loads(pickle.dumps(rule)) == rule
+    assert eval(repr(rule)) == rule
+    for wrong, error in (
+        ({"steps": 0}, ValueError),
+        ({"steps": 1.5}, TypeError),
+        ({"lr": 0}, ValueError),
+        ({"lr": "fast"}, TypeError),
+        ({"lr": float("nan")}, ValueError),
+        ({"tolerance": -1}, ValueError),
+        ({"orthogonal": 1}, TypeError),
+    ):
+        with pytest.raises(error, match=r"approximate_isometry\(steps="):
+            approximate_isometry(**wrong)

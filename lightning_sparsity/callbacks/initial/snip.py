@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_sparsity.callbacks.scored import ScoredStart
 from lightning_sparsity.core.filters import Selection, linear_and_conv
-from lightning_sparsity.core.layer import Distribution, Layers
+from lightning_sparsity.core.layer import Distribution, Layers, Rule, Verb
 from lightning_sparsity.core.view import LossFunction, Pass
 from lightning_sparsity.structures import Structure
 
@@ -35,6 +35,8 @@ class SNIP(ScoredStart):
         mode: "eval" (the authors') or "train": of all modules while scoring.
         shuffle: A control: the places of each layer's live weights are drawn at random.
         reinitialize: Another control: the values of each layer are dealt out anew.
+        weight_init: A rule for the start values of the live weights, applied last, such as
+            ``approximate_isometry()``; None keeps the model's own.
         include: Which parameters are sparse: names, patterns, module types, callables.
         exclude: Which of those are left dense.
         structure: What one unit is, such as ``Rows()``; default single weights.
@@ -61,6 +63,7 @@ class SNIP(ScoredStart):
         mode: Literal["train", "eval"] = "eval",
         shuffle: bool = False,
         reinitialize: bool = False,
+        weight_init: Rule | Verb | None = None,
         include: Selection = linear_and_conv,
         exclude: Selection = (),
         structure: Structure | None = None,
@@ -75,6 +78,7 @@ class SNIP(ScoredStart):
             mode=mode,
             shuffle=shuffle,
             reinitialize=reinitialize,
+            weight_init=weight_init,
             include=include,
             exclude=exclude,
             structure=structure,
@@ -83,5 +87,6 @@ class SNIP(ScoredStart):
 
     def score(self, opened: Pass, layers: Layers, batches: Sequence[Any]) -> dict[str, Tensor]:
         """The sensitivity of the loss to every weight."""
-        grads = opened.gradients([layer.name for layer in layers], batches, self.loss_fn)
-        return {name: (opened.weights[name] * grad).abs() for name, grad in grads.items()}
+        names = [layer.name for layer in layers]
+        found = opened.sensitivities(names, batches, self.loss_fn)
+        return {name: change.abs() for name, change in found.items()}

@@ -1,0 +1,69 @@
+"""Snapshot: the state of a training at one moment, to go back to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+
+def take(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+    """Copy weights, buffers, optimizer state and learning-rate schedules, to the CPU.
+
+    Returns:
+        Tensors and plain Python only, so that a checkpoint may hold it.
+    """
+    return {
+        "module": _copied(module.state_dict()),
+        "optimizers": [_copied(optimizer.state_dict()) for optimizer in trainer.optimizers],
+        "schedulers": [
+            _copied(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs
+        ],
+    }
+
+
+def put_back(
+    snapshot: Mapping[str, Any],
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    *,
+    weights: bool = True,
+    optimizers: bool = True,
+) -> None:
+    """Go back to a snapshot.
+
+    Args:
+        snapshot: From :func:`take`.
+        trainer: The Trainer.
+        module: The LightningModule.
+        weights: Whether weights and buffers go back.
+        optimizers: Whether optimizer state, learning rates and their schedules go back; other
+            schedules than those of the snapshot are left alone.
+    """
+    if weights:
+        module.load_state_dict(snapshot["module"])
+    if optimizers:
+        for optimizer, state in zip(trainer.optimizers, snapshot["optimizers"], strict=True):
+            newer = [dict(group) for group in optimizer.param_groups]
+            optimizer.load_state_dict(_copied(state))
+            for group, options in zip(optimizer.param_groups, newer, strict=True):
+                for name in options.keys() - group.keys():  # such as those of a later schedule
+                    group[name] = options[name]
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        kinds = [scheduler.state_dict().keys() for scheduler in schedulers]
+        if kinds == [state.keys() for state in snapshot["schedulers"]]:
+            for scheduler, state in zip(schedulers, snapshot["schedulers"], strict=True):
+                scheduler.load_state_dict(_copied(state))
+
+
+def _copied(value: Any) -> Any:
+    """A copy whose tensors lie on the CPU and are shared with nothing."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(item) for item in value)
+    return value

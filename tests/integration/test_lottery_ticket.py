@@ -1,0 +1,157 @@
+"""LotteryTicket: rounds in one fit, what goes back and when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_sparsity import DensityMonitor, LotteryTicket, Rows
+from lightning_sparsity.testing import Result, TinyModel, fit
+
+HIDDEN = "net.5.weight"
+
+
+class Scheduled(TinyModel):
+    """A learning rate that falls in every step of a round of 8."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+class Steps(Callback):
+    """State as every batch begins."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, Tensor]] = []
+        self.rates: list[float] = []
+        self.momentum: list[Tensor | None] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        optimizer = trainer.optimizers[0]
+        self.states.append({k: v.clone() for k, v in pl_module.state_dict().items()})
+        self.rates.append(optimizer.param_groups[0]["lr"])
+        state = optimizer.state.get(pl_module.net[5].weight, {}).get("momentum_buffer")
+        self.momentum.append(None if state is None else state.clone())
+
+
+def run(ticket: LotteryTicket, **options: Any) -> tuple[Result, Steps]:
+    steps = Steps()
+    return fit([ticket, steps], Scheduled, **options), steps
+
+
+def test_every_round_prunes_the_same_share_of_what_is_left() -> None:
+    result, _ = run(LotteryTicket(0.1, rounds=2, round_epochs=1))
+    live = [sum(counts.values()) for _, counts in result.history]
+    assert live == [2184] * 7 + [round(2184 * 0.1**0.5)] * 8 + [218] * 9
+
+
+@pytest.mark.parametrize("rewind_to", [0, 3, 0.5])
+def test_everything_goes_back(rewind_to: float) -> None:
+    _, steps = run(LotteryTicket(0.1, rounds=2, round_epochs=1, rewind_to=rewind_to))
+    k = 4 if rewind_to == 0.5 else int(rewind_to)
+    for start in (8, 16):
+        for name, value in steps.states[start].items():
+            early = steps.states[k][name]
+            if name in ("net.0.weight", HIDDEN, "net.7.weight"):
+                alive = value != 0
+                assert torch.equal(value[alive], early[alive])
+                assert (~alive).any()
+            else:
+                assert torch.equal(value, early), name
+        assert steps.rates[start] == steps.rates[k]
+        momentum = steps.momentum[start]
+        if k == 0:
+            assert momentum is None
+        else:
+            assert momentum is not None
+            assert torch.equal(momentum, steps.momentum[k] * (steps.states[start][HIDDEN] != 0))
+    assert steps.rates[k : k + 8 - k] == steps.rates[8 : 16 - k]
+
+
+def test_the_survivors_are_the_largest_of_the_whole_net() -> None:
+    names = ["net.0.weight", HIDDEN, "net.7.weight"]
+    ticket = LotteryTicket(0.1, rounds=1, round_epochs=1, treatment="fine_tune")
+    result, steps = run(ticket, max_epochs=2)
+    dense = fit([], Scheduled, max_epochs=1).weights
+    sizes = torch.cat([dense[name].abs().flatten() for name in names])
+    chosen = torch.zeros_like(sizes, dtype=torch.bool)
+    chosen[sizes.topk(218).indices] = True
+    kept = torch.cat([(steps.states[8][name] != 0).flatten() for name in names])
+    assert torch.equal(kept, chosen)
+    assert result.live == 218
+
+
+def test_learning_rate_rewinding_keeps_the_weights() -> None:
+    ticket = LotteryTicket(0.1, rounds=1, round_epochs=1, treatment="learning_rate")
+    _, steps = run(ticket, max_epochs=2)
+    dense = fit([], Scheduled, max_epochs=1).weights
+    assert torch.equal(steps.states[8]["net.5.bias"], dense["net.5.bias"])
+    assert steps.rates[8] == steps.rates[0]
+    assert steps.momentum[8] is None
+
+
+def test_fine_tuning_sends_nothing_back() -> None:
+    _, steps = run(
+        LotteryTicket(0.1, rounds=1, round_epochs=1, treatment="fine_tune"), max_epochs=2
+    )
+    assert steps.rates[8] != steps.rates[0]
+    assert steps.momentum[8] is not None
+
+
+def test_nothing_else_happens_at_density_one_without_going_back() -> None:
+    one = fit([LotteryTicket(1.0, rounds=2, treatment="fine_tune")])
+    one.masks = {}
+    one.assert_equal(fit([]))
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("step", [2, 8, 12, 16])
+@pytest.mark.parametrize("rewind_to", [0, 5])
+def test_resume_equals_not_stopping(step: int, rewind_to: int, tmp_path: Path) -> None:
+    def train(**options: Any) -> Result:
+        saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        ticket = LotteryTicket(0.1, rounds=2, round_epochs=1, rewind_to=rewind_to)
+        return fit([ticket, saver], Scheduled, enable_checkpointing=True, **options)
+
+    whole = train()
+    rest = train(ckpt_path=str(tmp_path / f"step={step}.ckpt"), seed=77)
+    rest.assert_equal(whole)
+    assert rest.history == whole.history[step:]
+
+
+def test_units_and_monitor() -> None:
+    result, _ = run(LotteryTicket(0.5, rounds=2, structure=Rows()))
+    assert sum(int(mask.flatten(1).any(1).sum()) for mask in result.masks.values()) == 14
+    fit([LotteryTicket(0.2, rounds=2), DensityMonitor(print_tables=False)], Scheduled)
+
+
+def test_the_rounds_must_fill_the_training() -> None:
+    with pytest.raises(MisconfigurationException, match=r"LotteryTicket.*max_epochs=6.*not 3"):
+        run(LotteryTicket(0.1, rounds=2, round_epochs=2))
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        ({"rounds": 0}, ValueError),
+        ({"rounds": 1.5}, TypeError),
+        ({"round_epochs": 0}, ValueError),
+        ({"round_epochs": "all"}, TypeError),
+        ({"rewind_to": -1}, ValueError),
+        ({"rewind_to": 1.0}, ValueError),
+        ({"rewind_to": "epoch"}, TypeError),
+        ({"treatment": "reset"}, ValueError),
+    ],
+)
+def test_bad_arguments(bad: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error, match=rf"^LotteryTicket\({next(iter(bad))}="):
+        LotteryTicket(0.1, **bad)
