@@ -98,6 +98,8 @@ class Budgeter:
             return [counts[layer.name] for layer in layers]
         if total > _live(layers):  # to grow: every position has room
             layers = _all_live(layers)
+        if total == _live(layers) and is_exact(self.distribution):  # nothing to rank yet
+            return [layer.live for layer in layers]
         if like is None:
             return self._distributed(layers, total)
         capacity = [layer.live for layer in layers]
