@@ -214,8 +214,7 @@ def _spread(layer: Layer, count: int) -> Layer:
     assert generator is not None
     if layer.structure != Unstructured() or layer.live < layer.size or count == layer.size:
         return drop(random)([layer], [count], 0.0)[0]
-    groups, outputs, inputs, kernel = layer.layout.canonical(layer.mask).shape
-    neurons, links = groups * outputs, inputs * kernel
+    neurons, links = layer.layout.by_neuron(layer.mask).shape
     each, more = divmod(count, neurons)
     richer = sample(torch.ones(neurons, dtype=torch.bool), more, generator)
     mask = torch.zeros(neurons, links, dtype=torch.bool)
@@ -224,8 +223,8 @@ def _spread(layer: Layer, count: int) -> Layer:
         draw = torch.rand(int(chosen.sum()), parts, generator=generator, dtype=torch.float64)
         place = edges[:-1] + (draw * edges.diff()).long()
         mask[chosen] = mask[chosen].scatter(1, place, True)
-    view = mask.reshape(groups, outputs, inputs, kernel).to(layer.mask.device)
-    return dataclasses.replace(layer, mask=layer.layout.restore(view, layer.shape).contiguous())
+    mask = mask.to(layer.mask.device)
+    return dataclasses.replace(layer, mask=layer.layout.from_neurons(mask, layer.shape))
 
 
 def _per_output(layer: Layer, scale: Callable[[int, Tensor], Tensor]) -> Tensor:

@@ -41,6 +41,18 @@ class Layout:
         """Undo :meth:`canonical`."""
         return (view.transpose(1, 2) if self.transposed else view).reshape(shape)
 
+    def by_neuron(self, tensor: Tensor) -> Tensor:
+        """View ``tensor`` as ``(neurons, inputs * kernel)``: a row for every output unit."""
+        view = self.canonical(tensor)
+        return view.reshape(-1, view.shape[2] * view.shape[3])
+
+    def from_neurons(self, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Undo :meth:`by_neuron`; contiguous."""
+        groups = self.groups
+        inputs = shape[0] // groups if self.transposed else math.prod(shape[1:2])
+        kernel = math.prod(shape[2:])
+        return self.restore(rows.reshape(groups, -1, inputs, kernel), shape).contiguous()
+
 
 class Structure:
     """How a weight is cut into units. Base class of all structures.

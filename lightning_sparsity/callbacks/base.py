@@ -297,6 +297,11 @@ class MaskCallback(SparsityCallback):
                 f"(here {structure!r})."
             )
 
+    def _check_flag(self, name: str, value: object) -> None:
+        """Raise unless ``value`` is a bool."""
+        if not isinstance(value, bool):
+            raise TypeError(f"{self._name}({name}={value!r}): must be True or False.")
+
     def _check_callable(
         self, name: str, value: object, example: str, *, optional: bool = True
     ) -> None:

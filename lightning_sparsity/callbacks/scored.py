@@ -190,10 +190,6 @@ class ScoredStart(MaskCallback):
         if not 0 < float(value) < math.inf:
             raise ValueError(f"{self._name}({name}={value!r}): must be finite and above 0.")
 
-    def _check_flag(self, name: str, value: object) -> None:
-        if not isinstance(value, bool):
-            raise TypeError(f"{self._name}({name}={value!r}): must be True or False.")
-
 
 def _raised(layers: Layers, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Scores of at least 0: where some are negative, every unit's is raised by the same."""

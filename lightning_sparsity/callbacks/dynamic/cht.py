@@ -155,8 +155,7 @@ class CHT(MaskCallback):
         self._check_callable("growth", growth, "ch3_l3n", optional=False)
         self._check_callable("topology", topology, "spread_inputs", optional=False)
         for name, flag in (("soft", soft), ("chain_removal", chain_removal)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"CHT({name}={flag!r}): must be True or False.")
+            self._check_flag(name, flag)
         self._check_callable("weight_init", weight_init, "sparse_kaiming_normal")
         lose = (drop_softly if soft else drop)(removal, drop_fraction)
         rules: list[Rule] = [drop(removal)] if ramp else []

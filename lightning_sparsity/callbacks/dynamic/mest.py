@@ -86,8 +86,7 @@ class MEST(MaskCallback):
         seed: int | None = None,
     ) -> None:
         self._check_fraction("mutation", mutation)
-        if not isinstance(soft, bool):
-            raise TypeError(f"MEST(soft={soft!r}): must be True or False.")
+        self._check_flag("soft", soft)
         self.soft = soft
         self._check_callable("weight_init", weight_init, "rescale_to_fan_in")
         rate = mutation if callable(mutation) else step(mutation, _MILESTONES)

@@ -98,9 +98,7 @@ class grow_at_loss:
         ]
 
     def _grow(self, layer: Layer, count: int) -> Layer:
-        view = layer.layout.canonical(layer.free)
-        links = view.shape[2] * view.shape[3]
-        free = view.reshape(-1, links)
+        free = layer.layout.by_neuron(layer.free)
         room = free.count_nonzero(dim=1).tolist()
         losses = _losses(layer, len(free))
         if not losses.any():
@@ -114,9 +112,9 @@ class grow_at_loss:
         parts[order[:chosen]] = torch.tensor(
             apportion(fill([1.0] * chosen, capacity, count), capacity, count, floor=0)
         )
-        scores = layer.layout.canonical(gradient(layer)).reshape(-1, links)
-        new = top_n_per_group(scores, parts.to(free.device), free).reshape(view.shape)
-        mask = layer.mask | layer.layout.restore(new, layer.shape)
+        scores = layer.layout.by_neuron(gradient(layer))
+        new = top_n_per_group(scores, parts.to(free.device), free)
+        mask = layer.mask | layer.layout.from_neurons(new, layer.shape)
         return dataclasses.replace(layer, mask=mask)
 
 

@@ -25,7 +25,7 @@ from lightning_sparsity.ops.fisher import (
     to_blocks,
 )
 from lightning_sparsity.ops.selection import NonFiniteScoreError
-from lightning_sparsity.rules import barring, chain, drop, exchange, grow
+from lightning_sparsity.rules import barring, chain, drop, exchange, forget, grow
 from lightning_sparsity.schedules import cosine
 from lightning_sparsity.scores import random, slot
 from lightning_sparsity.starts import sparse_uniform, spread_inputs
@@ -130,12 +130,14 @@ class drop_by_loss:
         free = sum(layer.size for layer in layers) - live
         spare = live - sum(layer.live > 0 for layer in layers)
         count = min(math.floor(round(self.fraction_at(progress) * live, 9)), free, spare)
+        empty = forget(*_SLOTS)
         if count == 0:
-            return [_emptied(layer) for layer in layers]
+            return empty(layers, budget, progress)
         scored = [self._scored(layer) for layer in layers]
         keep = global_by(slot("loss"))(scored, live - count)
         pruned = drop(slot("loss"))(scored, keep, progress)
-        return [self._mended(old, new.mask) for old, new in zip(layers, pruned, strict=True)]
+        mended = [self._mended(old, new.mask) for old, new in zip(layers, pruned, strict=True)]
+        return empty(mended, budget, progress)
 
     def _scored(self, layer: Layer) -> Layer:
         """The layer with the predicted loss of removing each live weight in a slot, float64."""
@@ -156,7 +158,7 @@ class drop_by_loss:
         values = layer.weight.reshape(-1).clone()
         values[positions] = weight.reshape(-1)[: len(positions)].to(values)
         new = values.reshape(layer.shape)
-        return dataclasses.replace(_emptied(layer), weight=new, mask=mask)
+        return dataclasses.replace(layer, weight=new, mask=mask)
 
     def _blocks(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
         """Positions, weights (after the first-order step) and inverse curvature of what lives."""
@@ -168,12 +170,6 @@ class drop_by_loss:
             mean = slots["gradient_sum"].double() / slots["gradients"].clamp(min=1)
             weight = newton_step(weight, inverse, mean)
         return positions, weight, inverse
-
-
-def _emptied(layer: Layer) -> Layer:
-    """The layer without what was gathered for its old positions."""
-    slots = {name: value for name, value in layer.slots.items() if name not in _SLOTS}
-    return dataclasses.replace(layer, slots=slots)
 
 
 def _size(layer: Layer) -> int:
@@ -277,8 +273,7 @@ class RedrSecondOrder(MaskCallback):
             raise TypeError(f"{self._name}(block_size={block_size!r}): must be an int >= 1.")
         if block_size < 1:
             raise ValueError(f"{self._name}(block_size={block_size}): must be at least 1.")
-        if not isinstance(joint, bool):
-            raise TypeError(f"{self._name}(joint={joint!r}): must be True or False.")
+        self._check_flag("joint", joint)
 
     def _checked_damping(self, value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):

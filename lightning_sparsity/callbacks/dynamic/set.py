@@ -98,8 +98,7 @@ class SET(MaskCallback):
         self._check_fraction("drop_fraction", drop_fraction)
         self._check_callable("growth", growth, "random", optional=False)
         self._check_std(new_weight_std)
-        if not isinstance(sign_split, bool):
-            raise TypeError(f"SET(sign_split={sign_split!r}): must be True or False.")
+        self._check_flag("sign_split", sign_split)
         self.sign_split = sign_split
         self._check_callable("weight_init", weight_init, "rescale_to_fan_in")
         start = drop(random)

@@ -186,8 +186,7 @@ class SNFS(MaskCallback):
     ) -> None:
         self._check_fraction("drop_fraction", drop_fraction)
         self._check_callable("weight_init", weight_init, "rescale_to_fan_in")
-        if not isinstance(redistribute, bool):
-            raise TypeError(f"SNFS(redistribute={redistribute!r}): must be True or False.")
+        self._check_flag("redistribute", redistribute)
         with errors_of("SNFS"):
             mean = momentum(beta)
         self._fraction = (

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
@@ -112,8 +111,7 @@ class SRigL(MaskCallback):
     ) -> None:
         self._check_fraction("drop_fraction", drop_fraction)
         self._check_gamma(gamma)
-        if not isinstance(ablate, bool):
-            raise TypeError(f"SRigL(ablate={ablate!r}): must be True or False.")
+        self._check_flag("ablate", ablate)
         self._check_callable("weight_init", weight_init, "sparse_kaiming_normal")
         fraction = drop_fraction if callable(drop_fraction) else cosine(drop_fraction)
         start = constant_fan_in(random, random, rounding=round)
@@ -193,7 +191,7 @@ class drop_and_ablate(drop):
     def _ablate(self, layer: Layer, kept: Layer, count: int) -> Layer:
         everything = dataclasses.replace(layer, mask=torch.ones_like(layer.mask))
         (wanted,) = drop(gradient)([everything], [max(count - kept.live, 0)], 0.0)
-        salient = _by_neuron(layer, kept.mask | wanted.mask).count_nonzero(dim=1)
+        salient = layer.layout.by_neuron(kept.mask | wanted.mask).count_nonzero(dim=1)
         neurons, links = len(salient), layer.size // len(salient)
         least = self.least
         if 0 < least < 1:
@@ -202,7 +200,7 @@ class drop_and_ablate(drop):
         stays = (salient >= least) | needed
         if bool(stays.all()):
             return kept
-        gone = _to_weight(layer, (~stays)[:, None].expand(neurons, links))
+        gone = layer.layout.from_neurons((~stays)[:, None].expand(neurons, links), layer.shape)
         left = dataclasses.replace(layer, mask=layer.mask & ~gone, barred=gone)
         return drop(self.score)([left], [kept.live], 0.0)[0]
 
@@ -233,30 +231,18 @@ class constant_fan_in:
         return [self._even(layer, count) for layer, count in zip(layers, budget, strict=True)]
 
     def _even(self, layer: Layer, count: int) -> Layer:
-        live = _by_neuron(layer, layer.mask)
+        live = layer.layout.by_neuron(layer.mask)
         active = live.new_ones(len(live))
         if layer.barred is not None:
-            active = ~_by_neuron(layer, layer.barred).all(1)
+            active = ~layer.layout.by_neuron(layer.barred).all(1)
         each = self.rounding(count / int(active.count_nonzero()))
         fan_in = active * min(max(each, 1), live.shape[1])
         few = fan_in.minimum(live.count_nonzero(dim=1))
-        kept = top_n_per_group(_by_neuron(layer, self.keep(layer)), few, live)
-        grown = top_n_per_group(_by_neuron(layer, self.grow(layer)), fan_in - few, ~kept)
-        return dataclasses.replace(layer, mask=_to_weight(layer, kept | grown))
+        kept = top_n_per_group(layer.layout.by_neuron(self.keep(layer)), few, live)
+        grown = top_n_per_group(layer.layout.by_neuron(self.grow(layer)), fan_in - few, ~kept)
+        return dataclasses.replace(layer, mask=layer.layout.from_neurons(kept | grown, layer.shape))
 
 
 def _update(fraction: Curve | Callable[[float], float], least: float) -> Rule:
     lose = drop_and_ablate(magnitude, fraction, least=least)
     return chain(lose, constant_fan_in(magnitude, gradient))
-
-
-def _by_neuron(layer: Layer, tensor: Tensor) -> Tensor:
-    """A tensor of the weight's shape as ``(neurons, inputs * kernel)``."""
-    view = layer.layout.canonical(tensor)
-    return view.reshape(-1, view.shape[2] * view.shape[3])
-
-
-def _to_weight(layer: Layer, rows: Tensor) -> Tensor:
-    """Undo :func:`_by_neuron`."""
-    view = rows.reshape(layer.layout.canonical(layer.mask).shape)
-    return layer.layout.restore(view, layer.shape).contiguous()
