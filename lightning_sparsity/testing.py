@@ -222,11 +222,14 @@ class Probe(Callback):
 
 
 def assert_zero_off_masks(masks: Masks, optimizers: Sequence[Optimizer] = ()) -> None:
-    """Raise ``AssertionError`` unless weights and optimizer state are +-0 off the masks."""
+    """Raise ``AssertionError`` unless weights and optimizer state are +-0 off the masks.
+
+    Of learned masks, whose latent weights live everywhere, the effective weights.
+    """
     for kept in masks:
         assert int(kept.mask.sum()) == kept.live, f"{kept.name}: stale count"
-        assert not kept.parameter.detach()[~kept.mask].any(), f"{kept.name}: weight off the mask"
-        for optimizer in optimizers:
+        assert not kept.weight[~kept.mask].any(), f"{kept.name}: weight off the mask"
+        for optimizer in optimizers if kept.effective is None else ():
             for tensor in optimizer_state(kept, optimizer):
                 assert not tensor[~kept.mask].any(), f"{kept.name}: optimizer state off the mask"
 

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sparsity.core import state
 from lightning_sparsity.core.capture import Capture
 from lightning_sparsity.core.layer import Layer, Layers, density_of
-from lightning_sparsity.core.masks import Masks
+from lightning_sparsity.core.learner import LearnedMethod, Learner
+from lightning_sparsity.core.masks import Masks, optimizer_state
 from lightning_sparsity.core.method import Share
 from lightning_sparsity.core.parameter import SparseParameter
 from lightning_sparsity.core.plan import Assignment, check_order, check_windows
 from lightning_sparsity.core.randomness import generator
 from lightning_sparsity.core.run import Owner, Run, by_optimizer, carry_over, census
 from lightning_sparsity.core.view import ModelView
+from lightning_sparsity.ops.masked import mask_
 from lightning_sparsity.ops.selection import NonFiniteScoreError
 
 
@@ -36,9 +41,15 @@ class Engine:
         hook: Registered on every optimizer, to be called after its steps.
         trusted: Whether masked gradients stay masked until the optimizer reads them.
         warn: Says something to the user, once.
+        modules: Every module of the model, for methods that change what layers compute with.
+        loss_scale: Gives the factor of a GradScaler that is still in the gradients when an
+            optimizer is about to step.
+        is_manual: Whether the user steps the optimizers, so that :meth:`before_step` may not
+            be called.
 
     Attributes:
         masks: The masks.
+        has_begun: Whether methods have begun, or gone on from a saved state.
         owners: The parameters, by optimizer.
         runs: Every method at work, once per optimizer.
         seed: Of random choices.
@@ -54,8 +65,12 @@ class Engine:
         hook: Callable[..., None],
         trusted: bool,
         warn: Callable[[str, str], None],
+        modules: Sequence[nn.Module] = (),
+        loss_scale: Callable[[Optimizer], float] = lambda optimizer: 1.0,
+        is_manual: bool = False,
     ) -> None:
         self.masks = Masks(parameters)
+        self.has_begun = False
         self.owners: list[Owner] = []
         self.runs: list[Run] = []
         self.seed = 0
@@ -68,6 +83,13 @@ class Engine:
         self._census: list[tuple[int, int]] = []
         self._trusted = trusted
         self._warn = warn
+        self._loss_scale = loss_scale
+        self._learners = {
+            a.key: Learner(a.method, modules, partial(self._draw, a.key, a.method.seed))
+            for a in assignments
+            if isinstance(a.method, LearnedMethod)
+        }
+        self._watches_steps = is_manual and bool(self._learners)
         self._epoch = 0
         self._ending: int | None = None
         self._nearing: int | None = None
@@ -82,7 +104,7 @@ class Engine:
         if now == self._census:
             return
         owners, runs = self.owners, self.runs
-        self.release()
+        self._let_go()
         self._census = now
         self.owners = by_optimizer(list(self.masks), self._optimizers())
         for place, owner in enumerate(self.owners):
@@ -101,14 +123,27 @@ class Engine:
             for owner in self.owners
             if owner.optimizer is not None
         ]
+        for owner in self.owners if self._watches_steps else ():
+            if owner.optimizer is not None:
+                handle = owner.optimizer.register_step_pre_hook(self._before_raw_step)
+                self._handles.append(handle)
 
     def release(self) -> None:
-        """Take every hook off the optimizers and layers."""
+        """Hand everything back: hooks of optimizers and layers, and the layers' weights."""
+        self._let_go()
+        for learner in self._learners.values():
+            learner.hand_back(list(learner.active))
+
+    def _let_go(self) -> None:
         for handle in self._handles:
             handle.remove()
         for owner in self.owners:
             owner.forget()
         self._handles = []
+
+    def _draw(self, key: str, seed: int | None, name: str, step: int) -> torch.Generator:
+        """Random numbers of a method for one parameter in one step."""
+        return generator(self.seed if seed is None else seed, f"{key} steps", name, step)
 
     def _owner(self, optimizer: Optimizer) -> Owner | None:
         return next((o for o in self.owners if o.optimizer is optimizer), None)
@@ -176,7 +211,7 @@ class Engine:
             check_order(a, made)
             if a.method.role == "initial" or not names & taken:
                 found = bool(names & made.keys())
-                mine = [run for run in self.runs if run.key == a.key]
+                mine = [run for run in self.runs if run.key == a.key and not self._is_early(run)]
                 shares += [(run, self._begin(run, layers, found, view)) for run in mine]
             taken |= names if a.method.role == "updater" else set()
             left = a.method.density or density_of([layers[name] for name in a.names])
@@ -185,6 +220,24 @@ class Engine:
         for run, share in shares:
             run.share = share
             self._warn_of_dead_layers(run)
+        self._start_learning()
+        self.has_begun = True
+
+    def _is_early(self, run: Run) -> bool:
+        """Whether layers still compute with their parameters, before a method learns masks."""
+        learns = run.key in self._learners and run.steps is not None
+        return learns and run.owner.steps < run.steps.start  # type: ignore[union-attr]
+
+    def _start_learning(self) -> None:
+        """Let every method that learns masks work on the parameters that it has now."""
+        for run in self.runs:
+            learner = self._learners.get(run.key)
+            if learner is not None and run.share is not None and not run.is_over:
+                names = [name for name in run.names if name not in learner.active]
+                learner.begin(self._named(names), run.owner.steps, run.progress)
+
+    def _named(self, names: Sequence[str]) -> list[SparseParameter]:
+        return [self.masks[name] for name in names]
 
     def _refuse_ramps_that_never_move(self) -> None:
         for run in self.runs:
@@ -232,6 +285,16 @@ class Engine:
         """Set weights and optimizer state to zero off the masks."""
         for owner in self.owners:
             self.masks.enforce(owner.stepping, owner.optimizer)
+        self._refresh()
+
+    def enforce_weights(self) -> None:
+        """Set weights to zero off the masks, whoever wrote them."""
+        self.masks.enforce(self.masks)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        for learner in self._learners.values():
+            learner.refresh(learner.active)
 
     # ---------------------------------------------------------------------- each batch
 
@@ -280,6 +343,7 @@ class Engine:
     def _undo_foreign_writes(self, owner: Owner) -> None:
         if owner.touched():
             self.masks.enforce(owner.stepping)
+            self._refresh()
             owner.remember()
 
     # ----------------------------------------------------------------------- each step
@@ -291,8 +355,17 @@ class Engine:
         if owner is not None:
             self._undo_foreign_writes(owner)
             self._keep_gradients(owner, copy=True)
+            owner.moving = owner.has_gradients
+            for learner in self._learners.values():
+                learner.before_step(owner.parameters, self._loss_scale(optimizer))
             self.masks.enforce_gradients(owner.stepping)
             owner.masked = True
+
+    def _before_raw_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Gradients of learned masks are needed, also where nobody announces the step."""
+        owner = self._owner(optimizer)
+        if owner is not None and self._in_batch and not owner.masked:
+            self.before_step(optimizer)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Mask what the step wrote, then run the updates that are due."""
@@ -305,6 +378,7 @@ class Engine:
             self.masks.enforce(owner.stepping, optimizer)
         active = [run for run in self.runs if run.owner is owner and not run.is_over]
         owner.steps += 1
+        self._learn(owner, active)
         for name, (_, slots) in owner.observed.items():
             self.masks[name].slots.update(slots)
         for run in self.runs:
@@ -312,9 +386,54 @@ class Engine:
                 self._update(run)
             if run in active:
                 self._forget_slots(run)
+        self._take_over(owner)
+        for learner in self._learners.values():
+            learner.refresh([kept.name for kept in owner.parameters])
         owner.forget()
         owner.remember()
         self._capture()
+
+    def _learn(self, owner: Owner, active: Sequence[Run]) -> None:
+        """Let the methods that learn masks make the step that the optimizer has made."""
+        for run in active:
+            learner = self._learners.get(run.key)
+            if learner is not None and owner.optimizer is not None:
+                rates = owner.learning_rates()
+                mine = self._named(run.names)
+                for kept, still in learner.after_step(mine, rates, owner.steps, run.progress):
+                    state = optimizer_state(kept, owner.optimizer)
+                    mask_(state, [~still] * len(state))
+
+    def _take_over(self, owner: Owner) -> None:
+        """Begin the methods that learn masks, and whose time has come."""
+        waiting = [
+            run
+            for run in self.runs
+            if run.owner is owner
+            and run.key in self._learners
+            and run.share is None
+            and not run.is_over
+            and not self._is_early(run)
+        ]
+        for run in waiting:
+            layers = {layer.name: layer for layer in self._layers(run)}
+            found = any(not kept.is_dense for kept in self._named(run.names))
+            share = self._begin(run, layers, found)
+            self.masks.commit(list(layers.values()), self._optimizers())
+            run.share = share
+        if waiting:
+            self._start_learning()
+
+    def _bake(self, run: Run) -> None:
+        """Leave what a method has learned in the parameters, zero off stored masks."""
+        learner = self._learners.get(run.key)
+        if learner is None or run.share is None:
+            return
+        baked = learner.method.bake(self._layers(run), run.share)
+        learner.hand_back(run.names)
+        self.masks.commit(baked, self._optimizers())
+        self.masks.enforce(self._named(run.names), run.owner.optimizer)
+        self._warn_of_dead_layers(run)
 
     def _keep_gradients(self, owner: Owner, copy: bool) -> None:
         """Show dense gradients to the methods that observe, keep them for due updates."""
@@ -348,12 +467,16 @@ class Engine:
             run.pending |= self._is_due(run, ahead=1)
         owner.steps += 1
         owner.forget()
+        for learner in self._learners.values():
+            learner.skip(owner.parameters)
         for run in active:
             self._forget_slots(run)
 
     def _forget_slots(self, run: Run) -> None:
         """Let go of a method's slots once its window is behind it, unless training ends there."""
-        if run.is_over and run.steps is not None and run.steps.end < self.total:
+        ended = run.steps is not None and run.steps.end < self.total
+        if run.is_over and (ended or run.released):
+            self._bake(run)
             for name in run.names:
                 gatherer, fresh = run.owner.observed.get(name, (run.key, {}))
                 # the next method may have begun to gather in this step
@@ -380,6 +503,8 @@ class Engine:
         run.share = share
         run.pending = False
         run.last_epoch = self._epoch
+        learner = self._learners.get(run.key)
+        run.released = learner is not None and learner.method.is_done(self._layers(run), share)
         self._warn_of_dead_layers(run)
 
     def _with_gradient(self, run: Run, layers: Layers) -> Layers:
@@ -447,14 +572,11 @@ class Engine:
 
     # --------------------------------------------------------------------------- state
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether any method has made or taken over masks."""
-        return any(run.share is not None for run in self.runs)
-
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs."""
-        return state.save(self.masks, self._assignments, self.owners, self.runs, self.seed)
+        saved = state.save(self.masks, self._assignments, self.owners, self.runs, self.seed)
+        learners = {key: learner.state_dict() for key, learner in self._learners.items()}
+        return {**saved, "learners": learners}
 
     def compare(self, saved: dict[str, Any]) -> None:
         """Raise if a saved state is of another training.
@@ -476,3 +598,22 @@ class Engine:
         self.compare(saved)
         self.seed = saved["seed"]
         state.restore(saved, self.masks, self.owners, self.runs)
+        parameters = {kept.name: kept for kept in self.masks}
+        for key, learner in self._learners.items():
+            learner.restore(saved["learners"][key], parameters)
+        self.has_begun = True
+
+    def mask_weights(self, weights: dict[str, Tensor], averaged: bool) -> None:
+        """Replace weights by name by what files should get.
+
+        Args:
+            weights: A model's ``state_dict``, changed in place.
+            averaged: Whether it holds averages of the latent weights.
+        """
+        if averaged:
+            for learner in self._learners.values():
+                for name, kept in learner.active.items():
+                    for alias in kept.aliases:
+                        if alias in weights:
+                            weights[alias] = learner.evaluated(name, weights[alias])
+        state.mask_weights(self.state_dict(), weights)

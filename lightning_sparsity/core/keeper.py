@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -86,6 +87,9 @@ class MaskKeeper(Callback):
             hook=self._after_step,
             trusted=_only_we_touch_gradients(pl_module),
             warn=self._warn_once,
+            modules=list(pl_module.modules()),
+            loss_scale=partial(_loss_scale, trainer),
+            is_manual=not pl_module.automatic_optimization,
         )
         if self._restored:
             self._engine.compare(self._restored)
@@ -191,12 +195,14 @@ class MaskKeeper(Callback):
             if isinstance(average, torch.nn.Module):
                 model = getattr(average, "module", average)
                 weights = {plain_name(name): p for name, p in model.named_parameters()}
-                sparse = [p for p in masks if p.name in weights and not p.is_dense]
+                sparse = [
+                    p for p in masks if p.name in weights and p.effective is None and not p.is_dense
+                ]
                 apply_gate([weights[p.name] for p in sparse], [p.gate for p in sparse])
 
     def _enforce_weights(self) -> None:
-        if self.masks is not None:
-            self.masks.enforce(self.masks)
+        if self._engine is not None:
+            self._engine.enforce_weights()
 
     # -------------------------------------------------------------------------- state
 
@@ -204,8 +210,13 @@ class MaskKeeper(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Write zeros off the masks, also where the file holds averaged weights."""
-        if self._model() is pl_module:
-            mask_weights(self.state_dict(), checkpoint.get("state_dict", {}))
+        if self._model() is not pl_module:
+            return
+        weights = checkpoint.get("state_dict", {})
+        if self._engine is not None and self._engine.has_begun:
+            self._engine.mask_weights(weights, averaged="current_model_state" in checkpoint)
+        else:
+            mask_weights(self.state_dict(), weights)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -276,6 +287,13 @@ def _refuse(trainer: pl.Trainer) -> None:
             f"Sparse training under {name} is not supported, as it splits the weights over "
             'processes. Use Trainer(strategy="ddp").'
         )
+
+
+def _loss_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
+    """The factor that a GradScaler leaves in the gradients: fused optimizers take it out."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return float(scaler.get_scale()) if scaler is not None and fused else 1.0
 
 
 def _only_we_touch_gradients(module: pl.LightningModule) -> bool:

@@ -81,6 +81,8 @@ class Masks:
             bias.copy_(layer.bias)
         if layer.slots is not kept.slots:
             kept.slots = dict(layer.slots)
+        if kept.effective is not None:  # what is off its mask may come back
+            return
         # State off the old mask is zero already, so the new mask clears all but survivors.
         state = [t for o in optimizers for t in optimizer_state(kept, o)] if changed else []
         if not kept.is_dense:
@@ -90,10 +92,13 @@ class Masks:
     def enforce(
         self, parameters: Iterable[SparseParameter], optimizer: Optimizer | None = None
     ) -> None:
-        """Set weights, and their state in ``optimizer``, to zero off the masks."""
+        """Set weights, and their state in ``optimizer``, to zero off the masks.
+
+        Latent weights, which layers do not compute with, are left alone.
+        """
         tensors, gates = [], []
         for kept in parameters:
-            if kept.is_dense:
+            if kept.effective is not None or kept.is_dense:
                 continue
             state = optimizer_state(kept, optimizer) if optimizer is not None else []
             tensors += [kept.parameter, *state]
@@ -102,8 +107,12 @@ class Masks:
 
     @torch.no_grad()
     def enforce_gradients(self, parameters: Iterable[SparseParameter]) -> None:
-        """Set gradients to zero off the masks."""
-        sparse = [p for p in parameters if p.parameter.grad is not None and not p.is_dense]
+        """Set gradients to zero off the masks, but for parameters that get dense ones."""
+        sparse = [
+            p
+            for p in parameters
+            if p.parameter.grad is not None and not p.dense_gradients and not p.is_dense
+        ]
         apply_gate(
             [p.parameter.grad for p in sparse if p.parameter.grad is not None],
             [p.gate for p in sparse],

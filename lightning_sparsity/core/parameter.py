@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from lightning_sparsity.core.effective import EffectiveWeight
 from lightning_sparsity.core.filters import Candidate
 from lightning_sparsity.core.layer import Layer
 from lightning_sparsity.ops.masked import gate
@@ -14,10 +15,16 @@ from lightning_sparsity.structures import Structure
 
 
 class SparseParameter:
-    """A weight that is zero off its mask (the in-place kind).
+    """A weight that is zero off its mask.
+
+    Three kinds, which monitors, scores and export never tell apart. *In place*: the parameter
+    itself is zero off the stored mask. *Straight-through*: the layer computes with the latent
+    parameter times the stored mask. *Derived*: it computes with a function of the parameter
+    and of slots, and the mask is where that is not zero by design.
 
     Monitors, scores and export read ``name``, ``weight``, ``mask``, ``density`` and
-    ``slots``; only :class:`~lightning_sparsity.core.masks.Masks` writes.
+    ``slots``; only :class:`~lightning_sparsity.core.masks.Masks` and
+    :class:`~lightning_sparsity.core.learner.Learner` write.
 
     Args:
         candidate: The parameter and where it is in the model.
@@ -29,8 +36,9 @@ class SparseParameter:
         aliases: Every name under which the model's ``state_dict`` holds the weight.
         parameter: The parameter itself.
         module: The layer that holds it.
-        mask: Same shape, bool, True = live. Its identity never changes.
         slots: Tensors that a method keeps for this weight.
+        effective: What the layer computes with; None for the in-place kind.
+        dense_gradients: Whether the parameter gets gradients off its mask.
     """
 
     def __init__(
@@ -43,16 +51,33 @@ class SparseParameter:
         self.layout = candidate.layout
         self.structure = structure
         self.place = place
-        self.mask = torch.ones_like(candidate.parameter, dtype=torch.bool)
         self.slots: dict[str, Tensor] = {}
+        self.effective: EffectiveWeight | None = None
+        self.dense_gradients = False
+        self._support: Callable[[], Tensor] | None = None
+        self._mask = torch.ones_like(candidate.parameter, dtype=torch.bool)
+        self._mask_is_stale = False
         self._live: int | None = None
         self._gate: Tensor | None = None
         self._gate_is_stale = True
 
     @property
     def weight(self) -> Tensor:
-        """The effective weight, detached."""
-        return self.parameter.detach()
+        """The weight of validation and files, detached."""
+        return self.parameter.detach() if self.effective is None else self.effective.evaluated()
+
+    @property
+    def computed(self) -> Tensor:
+        """What the layer computes with in training, detached."""
+        return self.parameter.detach() if self.effective is None else self.effective.value
+
+    @property
+    def mask(self) -> Tensor:
+        """Same shape, bool, True = live. Its identity never changes."""
+        if self._mask_is_stale and self._support is not None:
+            self._mask_is_stale = False
+            self.set_mask(self._support())
+        return self._mask
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -74,8 +99,9 @@ class SparseParameter:
     @property
     def live(self) -> int:
         """Number of live weights."""
+        mask = self.mask
         if self._live is None:
-            self._live = int(self.mask.count_nonzero())
+            self._live = int(mask.count_nonzero())
         return self._live
 
     @property
@@ -91,32 +117,64 @@ class SparseParameter:
     @property
     def gate(self) -> Tensor:
         """The mask as bits that zero a tensor of the weight's dtype (see ``ops.masked``)."""
+        mask = self.mask
         if self._gate is None:
-            self._gate = gate(self.mask, self.parameter)
-            self._gate_is_stale = False
+            self._gate = gate(mask, self.parameter)
         elif self._gate_is_stale:
-            self._gate.copy_(self.mask).neg_()
-            self._gate_is_stale = False
+            self._gate.copy_(mask).neg_()
+        self._gate_is_stale = False
         return self._gate
 
     def set_mask(self, mask: Tensor) -> None:
         """Overwrite the mask in place."""
-        self.mask.copy_(mask)
+        self._mask.copy_(mask)
+        self._mask_is_stale = False
         self._live = None
         self._gate_is_stale = True
 
+    def compute_with(
+        self,
+        effective: EffectiveWeight | None,
+        dense_gradients: bool = False,
+        support: Callable[[], Tensor] | None = None,
+    ) -> None:
+        """Become a straight-through or derived weight, or in place again.
+
+        Args:
+            effective: What the layer computes with; None: the parameter.
+            dense_gradients: Whether the parameter gets gradients off its mask.
+            support: Gives the mask of a derived weight.
+        """
+        self.effective = effective
+        self.dense_gradients = dense_gradients
+        self._support = support
+        self._mask_is_stale = support is not None
+
+    def outdate(self) -> None:
+        """The mask of a derived weight is to be found anew when somebody looks."""
+        self._mask_is_stale = self._support is not None
+
     def layer(
         self,
-        grad: Tensor | None,
-        generator: torch.Generator,
+        grad: Tensor | None = None,
+        generator: torch.Generator | None = None,
         statistics: Mapping[str, tuple[Tensor, ...]] | None = None,
         lr: float | None = None,
+        fresh: bool = True,
     ) -> Layer:
-        """The frozen view that rules work on."""
+        """The frozen view that rules work on; ``weight`` is the parameter itself.
+
+        Args:
+            grad: Gradient of the loss by what the layer computes with.
+            generator: Of random choices.
+            statistics: Inputs and output gradients of this step.
+            lr: Learning rate of the step.
+            fresh: Whether the mask of a derived weight is brought up to date first.
+        """
         return Layer(
             name=self.name,
-            weight=self.weight,
-            mask=self.mask,
+            weight=self.parameter.detach(),
+            mask=self.mask if fresh else self._mask,
             grad=grad,
             slots=self.slots,
             statistics=statistics or {},

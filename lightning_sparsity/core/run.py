@@ -39,6 +39,7 @@ class Owner:
         shared: Sparse parameters it steps too, but that an earlier optimizer owns.
         steps: Steps it was asked for in training, skipped ones included.
         masked: Whether gradients were masked for a step that has not come yet.
+        moving: Whether there was any gradient for that step.
         kept: Dense gradients of this step, by parameter name, where a method needs them.
         observed: By parameter name, new slots and the key of the method that they are for, for
             when the step turns out to be real.
@@ -50,6 +51,7 @@ class Owner:
     shared: list[SparseParameter] = field(default_factory=list)
     steps: int = 0
     masked: bool = False
+    moving: bool = False
     kept: dict[str, Tensor] = field(default_factory=dict)
     observed: dict[str, tuple[str, dict[str, Tensor]]] = field(default_factory=dict)
     capture: Capture | None = None
@@ -63,7 +65,7 @@ class Owner:
     def forget(self) -> None:
         """Let go of what was kept for one step."""
         self.kept, self.observed = {}, {}
-        self.masked = False
+        self.masked = self.moving = False
         if self.capture is not None:
             self.capture.close()
             self.capture = None
@@ -78,6 +80,11 @@ class Owner:
         found_inf = getattr(self.optimizer, "found_inf", None)
         if isinstance(found_inf, Tensor) and bool(found_inf.item()):
             return False
+        return self.moving or self.has_gradients
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether any of the weights has a gradient."""
         return any(p.parameter.grad is not None for p in self.stepping)
 
     def keeps_zeros(self) -> bool:
@@ -121,6 +128,7 @@ class Run:
         updates: Updates so far.
         pending: Whether a due update waits for the next real step.
         last_epoch: Epoch of the latest update.
+        released: Whether the method has ended for good, before its window or with it.
     """
 
     key: str
@@ -132,6 +140,7 @@ class Run:
     updates: int = 0
     pending: bool = False
     last_epoch: int = -1
+    released: bool = False
 
     def due(self, ending: int | None, total: float, ahead: int = 0) -> bool:
         """Whether an update follows the owner's latest step, or one ``ahead``.
@@ -142,7 +151,7 @@ class Run:
             ahead: Steps that are still to come.
         """
         step = self.owner.steps + ahead
-        if self.steps is None or self.owner.optimizer is None:
+        if self.steps is None or self.owner.optimizer is None or self.released:
             return False
         if not self.method.ramps and step >= total:
             return False
@@ -160,6 +169,8 @@ class Run:
     @property
     def is_over(self) -> bool:
         """Whether no update can follow any more, in this training or a longer one."""
+        if self.released:
+            return True
         steps = self.steps
         return steps is not None and self.owner.steps >= steps.end and not self.pending
 
@@ -176,7 +187,7 @@ class Run:
     @property
     def unfinished(self) -> bool:
         """Whether the density was to change up to a step that has not come."""
-        if self.steps is None or self.owner.optimizer is None:
+        if self.steps is None or self.owner.optimizer is None or self.released:
             return False
         return self.method.ramps and self.owner.steps < self.steps.end
 
@@ -223,6 +234,7 @@ def carry_over(old: Sequence[Run], new: Sequence[Run]) -> None:
         twin = next((r for r in before if r.owner.optimizer is run.owner.optimizer), before[0])
         run.steps, run.updates = twin.steps, twin.updates
         run.pending, run.last_epoch = twin.pending, twin.last_epoch
+        run.released = twin.released
         parts = [r.share for r in before if r.share is not None]
         if parts:
             sizes, index = run.among(new)

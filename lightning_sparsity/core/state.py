@@ -37,7 +37,7 @@ def save(
                 "shape": tuple(kept.parameter.shape),
                 "structure": repr(kept.structure),
                 "mask": pack(kept.mask).cpu(),
-                "slots": {key: tensor.cpu() for key, tensor in kept.slots.items()},
+                "slots": {key: tensor.detach().cpu() for key, tensor in kept.slots.items()},
             }
             for kept in masks
         },
@@ -88,6 +88,7 @@ def restore(
         run.updates = saved["updates"]
         run.pending = saved["pending"]
         run.last_epoch = saved["last_epoch"]
+        run.released = saved["released"]
         run.share = Share(**saved["share"]) if saved["share"] else None
 
 
@@ -107,6 +108,7 @@ def _save_run(run: Run) -> dict[str, Any]:
         "updates": run.updates,
         "pending": run.pending,
         "last_epoch": run.last_epoch,
+        "released": run.released,
         "share": share and {**vars(share), "start": dict(share.start)},
     }
 

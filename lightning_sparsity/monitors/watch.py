@@ -62,7 +62,7 @@ class Watch:
         if self.cost.flops is None and is_compiled(self._model):
             self.cost.flops = Flops(unknown="the model is compiled")
         if self.cost.flops is None:
-            self._counter = FlopCounter({kept.name: kept.parameter for kept in self.masks})
+            self._counter = FlopCounter({kept.name: kept.computed for kept in self.masks})
             self._counter.__enter__()  # type: ignore[no-untyped-call]
 
     def end_forward(self) -> None:

@@ -66,6 +66,36 @@ def apply_gate(tensors: Sequence[Tensor], gates: Sequence[Tensor]) -> None:
 
 
 @torch.no_grad()
+def gated(tensor: Tensor, bits: Tensor, out: Tensor) -> Tensor:
+    """Write a tensor, +0 where its gate is 0, to another one of its shape and dtype.
+
+    Args:
+        tensor: Any dtype.
+        bits: From :func:`gate`, of the same shape.
+        out: Where the result goes; its version rises, so that autograd sees the change.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    Example:
+        >>> weight = torch.tensor([1.0, float("nan")])
+        >>> bits = gate(torch.tensor([True, False]), like=weight)
+        >>> gated(weight, bits, out=torch.empty(2))
+        tensor([1., 0.])
+    """
+    _check_shape(tensor, bits)
+    _check_shape(out, bits)
+    if tensor.element_size() == bits.element_size() and not tensor.is_complex():
+        torch.bitwise_and(tensor.detach().view(bits.dtype), bits, out=out.detach().view(bits.dtype))
+    else:
+        out.copy_(tensor.detach().masked_fill(bits == 0, 0))
+    return out
+
+
+@torch.no_grad()
 def mask_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """Set each tensor to +0 where its bool mask is False: :func:`apply_gate` for rare use.
 

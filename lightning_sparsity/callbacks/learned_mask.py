@@ -1,0 +1,180 @@
+"""LearnedMask: what every method shares that learns its masks by gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from lightning_sparsity.callbacks.base import MaskCallback
+from lightning_sparsity.core.layer import Layer, Layers
+from lightning_sparsity.core.method import Share
+
+
+class LearnedMask(MaskCallback):
+    """A method in whose layers the weights that compute are not the parameters.
+
+    Two kinds. *Straight-through* (``derived = False``): a mask is stored, layers compute with
+    the weight times the mask, and the mask is chosen anew at every update, from all weights;
+    those off the mask keep a latent value and may come back. *Derived*: layers compute with
+    :meth:`effective`, and the mask is :meth:`support`. What the method trains beside the
+    weights are slots, never parameters of the model; a private optimizer trains them.
+
+    Files get the effective weights. When the window ends (or at the end of training) they
+    become the parameters, and the mask is stored.
+
+    Attributes:
+        trained: Slots that the private optimizer trains; :meth:`extras` gives their start.
+        derived: Which of the two kinds.
+        stochastic: Whether :meth:`effective` is random, so that validation differs.
+        dense_gradients: Whether weights off the mask get a gradient (straight-through).
+    """
+
+    trained: ClassVar[Sequence[str]] = ()
+    derived: ClassVar[bool] = False
+    stochastic: ClassVar[bool] = False
+    dense_gradients: bool = False
+
+    def extras(self, layer: Layer) -> Mapping[str, Tensor]:
+        """The slots that a layer begins with; trained ones in float32 at least.
+
+        Args:
+            layer: Its generator is the one of the method's start.
+        """
+        return {}
+
+    def effective(self, layer: Layer) -> Tensor:
+        """What the layer computes with in training; differentiable in weight and slots."""
+        return layer.weight * layer.mask
+
+    def evaluated(self, layer: Layer) -> Tensor:
+        """What it computes with in validation, and what files get."""
+        return self.effective(layer)
+
+    def support(self, layer: Layer) -> Tensor:
+        """Where :meth:`evaluated` is not zero by design: bool, shape of the weight."""
+        return layer.mask
+
+    def penalty(self, layer: Layer) -> Tensor | None:
+        """What the method adds to the loss, a scalar; differentiable in weight and slots."""
+        return None
+
+    def gradients(self, layer: Layer) -> Mapping[str, Tensor | None]:
+        """Gradients of the trained slots, and of the weight, from that of the effective one.
+
+        Here: the chain rule through :meth:`effective`, and the gradient of the penalty.
+
+        Args:
+            layer: With the gradient of the loss by the effective weight.
+
+        Returns:
+            By slot, and under "weight" (left out: ``layer.grad``; None: the weight stays).
+        """
+        leaves = {"weight": layer.weight, **{slot: layer.slots[slot] for slot in self.trained}}
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in leaves.items()}
+        slots = {**layer.slots, **{slot: leaves[slot] for slot in self.trained}}
+        moving = dataclasses.replace(layer, weight=leaves["weight"], slots=slots)
+        with torch.enable_grad():
+            outputs = [self.effective(moving)]
+            seeds: list[Tensor | None] = [layer.grad]
+            if (penalty := self.penalty(moving)) is not None:
+                outputs, seeds = [*outputs, penalty], [*seeds, None]
+            found = torch.autograd.grad(outputs, list(leaves.values()), seeds, allow_unused=True)
+        return {
+            name: torch.zeros_like(leaf) if grad is None else grad
+            for (name, leaf), grad in zip(leaves.items(), found, strict=True)
+        }
+
+    def frozen(self, layer: Layer) -> Tensor | None:
+        """Weights that the optimizer must not move in this step, bool; None: it moves all."""
+        return None
+
+    def settle(self, layer: Layer, progress: float) -> Mapping[str, Tensor]:
+        """Slots to replace after a step, such as a temperature; trained ones in place only.
+
+        Args:
+            layer: Its generator is one of this step.
+            progress: How much of the window has passed, in [0, 1].
+        """
+        return {}
+
+    def learning_rate(self, lr: float, progress: float) -> float:
+        """Of the private optimizer; here that of the weights in the same step.
+
+        Args:
+            lr: Of the weight.
+            progress: How much of the window has passed, in [0, 1].
+        """
+        return lr
+
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """The private optimizer; here SGD with momentum 0.9 and no weight decay.
+
+        Args:
+            groups: One per layer; :meth:`learning_rate` sets their rates in every step.
+        """
+        return SGD(groups, lr=0.0, momentum=0.9)
+
+    def bake(self, layers: Layers, share: Share) -> Layers:
+        """Weights and masks to stay when the method ends: those of validation.
+
+        Args:
+            layers: The layers of one optimizer.
+            share: What part of the whole they are.
+        """
+        if not self.derived:
+            return layers
+        return [
+            dataclasses.replace(layer, weight=self.evaluated(layer), mask=self.support(layer))
+            for layer in layers
+        ]
+
+    def is_done(self, layers: Layers, share: Share) -> bool:
+        """Whether the method ends after this update, before its window does."""
+        return False
+
+    # ------------------------------------------------------------------------ masks
+
+    def begin(self, layers: Layers, share: Share) -> Layers:
+        """Make the slots, and the masks; masks that were found bar what they dropped.
+
+        Args:
+            layers: The layers of one optimizer.
+            share: What part of the whole they are.
+
+        Returns:
+            The layers as they should be.
+        """
+        begun = [
+            dataclasses.replace(layer, slots={**layer.slots, **self.extras(layer)})
+            for layer in layers
+        ]
+        if share.found:
+            begun = [
+                dataclasses.replace(layer, slots={**layer.slots, "barred": ~layer.mask})
+                for layer in begun
+            ]
+        return begun if self.derived else super().begin(begun, share)
+
+    def update(self, layers: Layers, share: Share, progress: float) -> Layers:
+        """Choose the mask anew, from all weights that are not barred.
+
+        Args:
+            layers: The layers of one optimizer, after its step.
+            share: What part of the whole they are.
+            progress: How much of the window has passed, in [0, 1].
+
+        Returns:
+            The layers as they should be.
+        """
+        return super().update([_all_alive(layer) for layer in layers], share, progress)
+
+
+def _all_alive(layer: Layer) -> Layer:
+    barred = layer.slots.get("barred")
+    mask = torch.ones_like(layer.mask) if barred is None else ~barred
+    return dataclasses.replace(layer, mask=mask)

@@ -1,0 +1,294 @@
+"""Learner: a method that learns its masks by gradient, at work on its parameters.
+
+A step of it: the layers compute with effective weights, so their gradients arrive at the
+latent weights (:mod:`~lightning_sparsity.core.effective`). Before the optimizer steps, the
+method turns them into gradients of the latent weights and of its own trained tensors; after
+the step the private optimizer moves the latter, and the effective weights are made anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_sparsity.core.effective import EffectiveWeight
+from lightning_sparsity.core.layer import Layer, Layers
+from lightning_sparsity.core.method import Share
+from lightning_sparsity.core.parameter import SparseParameter
+from lightning_sparsity.ops.masked import apply_gate, gated
+
+
+@runtime_checkable
+class LearnedMethod(Protocol):
+    """What the engine asks of a method that learns masks, beside what it asks of all.
+
+    Attributes:
+        trained: Slots that the private optimizer trains.
+        derived: Whether weight and mask are functions of the latent weight and the slots. If
+            not, the mask is stored, and the layer computes with the latent weight times it.
+        stochastic: Whether validation computes with another weight than training.
+        dense_gradients: Whether latent weights off the mask get a gradient.
+    """
+
+    trained: Sequence[str]
+    derived: bool
+    stochastic: bool
+    dense_gradients: bool
+
+    def effective(self, layer: Layer) -> Tensor:
+        """Of a derived method: what the layer computes with in training."""
+        ...
+
+    def evaluated(self, layer: Layer) -> Tensor:
+        """Of a derived method: what it computes with in validation, and what files get."""
+        ...
+
+    def support(self, layer: Layer) -> Tensor:
+        """Of a derived method: where :meth:`evaluated` is not zero by design; bool."""
+        ...
+
+    def gradients(self, layer: Layer) -> Mapping[str, Tensor | None]:
+        """Gradients of the trained slots by name, and of "weight" if it is not ``layer.grad``.
+
+        Args:
+            layer: With the gradient of the loss by the effective weight.
+
+        Returns:
+            None under "weight" lets the optimizer pass over the parameter in this step.
+        """
+        ...
+
+    def frozen(self, layer: Layer) -> Tensor | None:
+        """Latent weights that the optimizer's step must not move, bool; None: it may move all."""
+        ...
+
+    def settle(self, layer: Layer, progress: float) -> Mapping[str, Tensor]:
+        """Slots to replace after a step, such as a temperature; trained ones in place only."""
+        ...
+
+    def learning_rate(self, lr: float, progress: float) -> float:
+        """Of the private optimizer, from that of the weights in the same step."""
+        ...
+
+    def bake(self, layers: Layers, share: Share) -> Layers:
+        """Weights and masks to stay when the method ends, in place.
+
+        Args:
+            layers: The layers of one optimizer, with latent weights.
+            share: What part of the whole they are.
+        """
+        ...
+
+    def is_done(self, layers: Layers, share: Share) -> bool:
+        """Whether the method ends after the update that was just made, before its window."""
+        ...
+
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """The private optimizer of the trained slots, one group per layer."""
+        ...
+
+
+class Learner:
+    """A method that learns masks, and the parameters that it is at work on.
+
+    Args:
+        method: The callback.
+        modules: Every module of the model.
+        draw: Makes the generator of a parameter's random numbers in a step, from its name
+            and the number of steps.
+    """
+
+    def __init__(
+        self,
+        method: LearnedMethod,
+        modules: Sequence[nn.Module],
+        draw: Callable[[str, int], torch.Generator],
+    ) -> None:
+        self.method = method
+        self.active: dict[str, SparseParameter] = {}
+        self._modules = modules
+        self._draw = draw
+        self._optimizer: Optimizer | None = None
+        self._pending: dict[str, dict[str, Tensor]] = {}
+        self._held: dict[str, tuple[Tensor, Tensor]] = {}
+
+    # ------------------------------------------------------------------- start and end
+
+    def begin(self, parameters: Sequence[SparseParameter], step: int, progress: float) -> None:
+        """Let layers compute with effective weights from now on."""
+        for kept in parameters:
+            self._settle(kept, step, progress)
+        self.start(parameters)
+
+    def start(self, parameters: Iterable[SparseParameter]) -> None:
+        """As :meth:`begin`, with slots that have settled."""
+        for kept in parameters:
+            evaluate = partial(self._evaluated, kept)
+            effective = EffectiveWeight(kept.parameter, evaluate, not self.method.stochastic)
+            effective.install(self._modules)
+            support = partial(self._support, kept) if self.method.derived else None
+            kept.compute_with(effective, self.method.dense_gradients, support)
+            self.active[kept.name] = kept
+            if self.method.trained:
+                self._train([kept.slots[slot] for slot in self.method.trained], kept.name)
+        self.refresh(self.active)
+
+    def _train(self, tensors: list[Tensor], name: str) -> None:
+        group: dict[str, Any] = {"params": tensors, "name": name}
+        if self._optimizer is None:
+            self._optimizer = self.method.make_optimizer([group])
+        else:
+            self._optimizer.add_param_group(group)
+
+    @torch.no_grad()
+    def hand_back(self, names: Iterable[str]) -> None:
+        """Leave the weights of validation in the parameters, and the layers as they were."""
+        names = [name for name in names if name in self.active]
+        self.refresh(names)
+        for name in names:
+            kept = self.active.pop(name)
+            assert kept.effective is not None
+            weight, mask = kept.effective.evaluated(), kept.mask
+            kept.effective.remove()
+            kept.compute_with(None)
+            kept.set_mask(mask)
+            kept.parameter.copy_(weight)
+            apply_gate([kept.parameter], [kept.gate])
+        if self._optimizer is not None:
+            groups = self._optimizer.param_groups
+            for group in groups:
+                for tensor in group["params"] if group["name"] not in self.active else ():
+                    self._optimizer.state.pop(tensor, None)
+            groups[:] = [group for group in groups if group["name"] in self.active]
+        if not self.active:
+            self._optimizer = None
+
+    # ----------------------------------------------------------------------- each step
+
+    @torch.no_grad()
+    def before_step(self, parameters: Iterable[SparseParameter], scale: float) -> None:
+        """Turn the gradients of effective weights into those of latent ones and slots.
+
+        Args:
+            parameters: Those of one optimizer.
+            scale: Factor of a GradScaler that is still in the gradients.
+        """
+        for kept in self._mine(parameters):
+            grad = kept.parameter.grad
+            if grad is None:
+                continue
+            unscaled = grad.detach() / scale if scale != 1 else grad.detach()
+            layer = kept.layer(unscaled, fresh=False)
+            found = self.method.gradients(layer)
+            self._pending[kept.name] = {
+                slot: grad for slot, grad in found.items() if slot != "weight" and grad is not None
+            }
+            if "weight" in found:
+                weight = found["weight"]
+                kept.parameter.grad = None if weight is None else grad.copy_(weight * scale)
+            still = self.method.frozen(layer)
+            if still is not None:
+                self._held[kept.name] = (still, kept.parameter.detach().clone())
+
+    @torch.no_grad()
+    def after_step(
+        self,
+        parameters: Iterable[SparseParameter],
+        lrs: Mapping[int, float],
+        step: int,
+        progress: float,
+    ) -> list[tuple[SparseParameter, Tensor]]:
+        """Train the slots, after a real step of the optimizer.
+
+        Returns:
+            The parameters whose optimizer state should be zero somewhere, and where.
+        """
+        mine = self._mine(parameters)
+        if self._optimizer is not None:
+            groups = {group["name"]: group for group in self._optimizer.param_groups}
+            for kept in mine:
+                lr = lrs.get(id(kept.parameter), 0.0)
+                groups[kept.name]["lr"] = self.method.learning_rate(lr, progress)
+                for slot, grad in self._pending.get(kept.name, {}).items():
+                    kept.slots[slot].grad = grad
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+        stopped = []
+        for kept in mine:
+            if kept.name in self._held:
+                still, weight = self._held.pop(kept.name)
+                kept.parameter.copy_(torch.where(still, weight, kept.parameter))
+                stopped.append((kept, still))
+            self._settle(kept, step, progress)
+        self.skip(mine)
+        return stopped
+
+    def skip(self, parameters: Iterable[SparseParameter]) -> None:
+        """Forget the gradients of a step that did not happen, or is over."""
+        for kept in self._mine(parameters):
+            self._pending.pop(kept.name, None)
+            self._held.pop(kept.name, None)
+
+    def refresh(self, names: Iterable[str]) -> None:
+        """Make effective weights anew, after latent weights, slots or masks changed."""
+        for name in names:
+            kept = self.active.get(name)
+            if kept is not None and kept.effective is not None:
+                kept.outdate()
+                if self.method.derived:
+                    with torch.no_grad():
+                        kept.effective.value.copy_(self.method.effective(kept.layer(fresh=False)))
+                else:
+                    gated(kept.parameter, kept.gate, out=kept.effective.value)
+
+    def _settle(self, kept: SparseParameter, step: int, progress: float) -> None:
+        layer = kept.layer(generator=self._draw(kept.name, step), fresh=False)
+        kept.slots.update(self.method.settle(layer, progress))
+
+    def _mine(self, parameters: Iterable[SparseParameter]) -> list[SparseParameter]:
+        return [kept for kept in parameters if kept.name in self.active]
+
+    @torch.no_grad()
+    def _evaluated(self, kept: SparseParameter) -> Tensor:
+        return self.method.evaluated(kept.layer(fresh=False))
+
+    @torch.no_grad()
+    def _support(self, kept: SparseParameter) -> Tensor:
+        return self.method.support(kept.layer(fresh=False))
+
+    @torch.no_grad()
+    def evaluated(self, name: str, weight: Tensor) -> Tensor:
+        """What files get, were ``weight`` the latent weight."""
+        kept = self.active[name]
+        if not self.method.derived:
+            return weight.masked_fill(~kept.mask.to(weight.device), 0)
+        latent = weight.to(kept.parameter.device)
+        layer = dataclasses.replace(kept.layer(fresh=False), weight=latent)
+        return self.method.evaluated(layer).to(weight)
+
+    # --------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The latent weights and the private optimizer's state; slots are saved by others."""
+        return {
+            "latent": {
+                name: kept.parameter.detach().to("cpu", copy=True)
+                for name, kept in self.active.items()
+            },
+            "optimizer": None if self._optimizer is None else self._optimizer.state_dict(),
+        }
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Any], parameters: Mapping[str, SparseParameter]) -> None:
+        """Go on from a saved state, with the slots back in place."""
+        for name, latent in state["latent"].items():
+            parameters[name].parameter.copy_(latent)
+        self.start([parameters[name] for name in state["latent"]])
+        if self._optimizer is not None:
+            self._optimizer.load_state_dict(state["optimizer"])
