@@ -11,8 +11,13 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from lightning_sparsity.callbacks.base import MaskCallback
-from lightning_sparsity.core.layer import Layer, Layers
+from lightning_sparsity.core.layer import Budget, Layer, Layers
 from lightning_sparsity.core.method import Share
+
+
+def stay(layers: Layers, budget: Budget, progress: float) -> Layers:
+    """The rule of derived methods, whose masks follow what they train: nothing to do."""
+    return layers
 
 
 class LearnedMask(MaskCallback):
@@ -21,8 +26,9 @@ class LearnedMask(MaskCallback):
     Two kinds. *Straight-through* (``derived = False``): a mask is stored, layers compute with
     the weight times the mask, and the mask is chosen anew at every update, from all weights;
     those off the mask keep a latent value and may come back. *Derived*: layers compute with
-    :meth:`effective`, and the mask is :meth:`support`. What the method trains beside the
-    weights are slots, never parameters of the model; a private optimizer trains them.
+    :meth:`effective`, and the mask is :meth:`support` (give ``update=stay``). What the method
+    trains beside the weights are slots, never parameters of the model; a private optimizer
+    trains them.
 
     Files get the effective weights. When the window ends (or at the end of training) they
     become the parameters, and the mask is stored.
@@ -161,7 +167,7 @@ class LearnedMask(MaskCallback):
         return begun if self.derived else super().begin(begun, share)
 
     def update(self, layers: Layers, share: Share, progress: float) -> Layers:
-        """Choose the mask anew, from all weights that are not barred.
+        """Choose a stored mask anew, from all weights that are not barred.
 
         Args:
             layers: The layers of one optimizer, after its step.
@@ -171,6 +177,8 @@ class LearnedMask(MaskCallback):
         Returns:
             The layers as they should be.
         """
+        if self.derived:
+            return layers
         return super().update([_all_alive(layer) for layer in layers], share, progress)
 
 

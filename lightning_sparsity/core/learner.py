@@ -184,7 +184,7 @@ class Learner:
             if grad is None:
                 continue
             unscaled = grad.detach() / scale if scale != 1 else grad.detach()
-            layer = kept.layer(unscaled, fresh=False)
+            layer = kept.layer(_off_barred(unscaled, kept.slots), fresh=False)
             found = self.method.gradients(layer)
             self._pending[kept.name] = {
                 slot: grad for slot, grad in found.items() if slot != "weight" and grad is not None
@@ -243,7 +243,8 @@ class Learner:
                 kept.outdate()
                 if self.method.derived:
                     with torch.no_grad():
-                        kept.effective.value.copy_(self.method.effective(kept.layer(fresh=False)))
+                        made = self.method.effective(kept.layer(fresh=False))
+                        kept.effective.value.copy_(_off_barred(made, kept.slots))
                 else:
                     gated(kept.parameter, kept.gate, out=kept.effective.value)
 
@@ -256,11 +257,11 @@ class Learner:
 
     @torch.no_grad()
     def _evaluated(self, kept: SparseParameter) -> Tensor:
-        return self.method.evaluated(kept.layer(fresh=False))
+        return _off_barred(self.method.evaluated(kept.layer(fresh=False)), kept.slots)
 
     @torch.no_grad()
     def _support(self, kept: SparseParameter) -> Tensor:
-        return self.method.support(kept.layer(fresh=False))
+        return _off_barred(self.method.support(kept.layer(fresh=False)), kept.slots)
 
     @torch.no_grad()
     def evaluated(self, name: str, weight: Tensor) -> Tensor:
@@ -270,7 +271,7 @@ class Learner:
             return weight.masked_fill(~kept.mask.to(weight.device), 0)
         latent = weight.to(kept.parameter.device)
         layer = dataclasses.replace(kept.layer(fresh=False), weight=latent)
-        return self.method.evaluated(layer).to(weight)
+        return _off_barred(self.method.evaluated(layer), kept.slots).to(weight)
 
     # --------------------------------------------------------------------------- state
 
@@ -292,3 +293,9 @@ class Learner:
         self.start([parameters[name] for name in state["latent"]])
         if self._optimizer is not None:
             self._optimizer.load_state_dict(state["optimizer"])
+
+
+def _off_barred(tensor: Tensor, slots: Mapping[str, Tensor]) -> Tensor:
+    """The tensor, zero where an earlier method's masks bar weights from coming to life."""
+    barred = slots.get("barred")
+    return tensor if barred is None else tensor.masked_fill(barred, 0)
