@@ -38,6 +38,7 @@ from lightning_sparsity.callbacks.initial.snip import SNIP
 from lightning_sparsity.callbacks.initial.snip_it import SNAPit, SNIPit
 from lightning_sparsity.callbacks.initial.static import StaticSparse
 from lightning_sparsity.callbacks.initial.synflow import SynFlow
+from lightning_sparsity.callbacks.learned.espn import ESPNFinetune, ESPNRewind
 from lightning_sparsity.callbacks.learned.optg import OptG
 from lightning_sparsity.core.filters import first_layer, last_layer, linear_and_conv
 from lightning_sparsity.core.window import epochs
@@ -77,6 +78,8 @@ __all__ = [
     "ACDC",
     "CHT",
     "DSR",
+    "ESPNFinetune",
+    "ESPNRewind",
     "FORCE",
     "GMP",
     "GSE",

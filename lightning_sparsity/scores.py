@@ -77,13 +77,15 @@ def random(layer: Layer) -> Tensor:
 
 @dataclass(frozen=True)
 class slot(Scorer):
-    """Absolute value of one of the method's own tensors.
+    """One of the method's own tensors, in absolute value or with its sign.
 
     Args:
         name: Key in ``layer.slots``.
+        signed: Whether negative values rank below 0.
     """
 
     name: str
+    signed: bool = False
     needs_gradient: ClassVar[bool] = False
 
     def __call__(self, layer: Layer) -> Tensor:
@@ -97,7 +99,8 @@ class slot(Scorer):
                 f"{self!r}: {layer.name} has no slot {self.name!r}; it has {sorted(layer.slots)}. "
                 "A slot is filled by the observe= of the callback."
             )
-        return layer.slots[self.name].abs()
+        found = layer.slots[self.name]
+        return found if self.signed else found.abs()
 
 
 @dataclass(frozen=True)

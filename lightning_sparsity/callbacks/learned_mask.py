@@ -13,11 +13,21 @@ from torch.optim import SGD, Optimizer
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.layer import Budget, Layer, Layers
 from lightning_sparsity.core.method import Share
+from lightning_sparsity.scores import without_gradient
 
 
+@without_gradient
 def stay(layers: Layers, budget: Budget, progress: float) -> Layers:
     """The rule of derived methods, whose masks follow what they train: nothing to do."""
     return layers
+
+
+def slope_of(tensor: Tensor) -> Tensor:
+    """Zeros with the gradient of ``tensor``, for straight-through estimates.
+
+    ``mask + slope_of(score)`` is the mask, and hands its gradient on to the score.
+    """
+    return tensor - tensor.detach()
 
 
 class LearnedMask(MaskCallback):
@@ -135,7 +145,11 @@ class LearnedMask(MaskCallback):
         if not self.derived:
             return layers
         return [
-            dataclasses.replace(layer, weight=self.evaluated(layer), mask=self.support(layer))
+            dataclasses.replace(
+                layer,
+                weight=self.evaluated(layer),
+                mask=self.support(layer) & _all_alive(layer).mask,
+            )
             for layer in layers
         ]
 
@@ -179,7 +193,18 @@ class LearnedMask(MaskCallback):
         """
         if self.derived:
             return layers
-        return super().update([_all_alive(layer) for layer in layers], share, progress)
+        everything = [_all_alive(layer) for layer in layers]
+        if self.rule is not None and not self.ramps:  # as many as there are
+            return self.rule(everything, [layer.live for layer in layers], progress)
+        return super().update(everything, share, progress)
+
+    # ----------------------------------------------------------------------- checks
+
+    def _check_momentum(self, value: float) -> None:
+        """Raise unless ``value`` lies in [0, 1)."""
+        self._check_number("momentum", value, 0, 1)
+        if value == 1:
+            raise ValueError(f"{self._name}(momentum={value!r}): must be below 1; 0.9 is usual.")
 
 
 def _all_alive(layer: Layer) -> Layer:

@@ -7,6 +7,7 @@ effective weight, under the parameter's name.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,6 +40,8 @@ class EffectiveWeight:
         self.constant = constant
         self._evaluate = evaluate
         self._places: list[tuple[nn.Module, str]] = []
+        self._copy: weakref.ref[nn.Parameter] | None = None
+        self._copied_at = 0
 
     def install(self, model_modules: Sequence[nn.Module]) -> None:
         """Take the parameter's place in every module that holds it.
@@ -80,9 +83,20 @@ class EffectiveWeight:
         """The weight of validation and files, detached."""
         return self.value.detach() if self.constant else self._evaluate().detach()
 
+    def copied(self) -> nn.Parameter:
+        """The weight of validation as a parameter; for all layers of one copy the same."""
+        copy = self._copy() if self._copy is not None else None
+        if copy is None or self._copied_at != self.value._version:
+            needs_grad = self.parameter.requires_grad
+            copy = nn.Parameter(self.evaluated().clone(), requires_grad=needs_grad)
+            self._copy, self._copied_at = weakref.ref(copy), self.value._version
+        return copy
+
     def seen(self, training: bool) -> Tensor:
         """What the layer computes with; its gradient goes to the parameter."""
         value = self.value if training or self.constant else self._evaluate()
+        if torch.compiler.is_compiling():  # the same in arithmetic, which needs no warning
+            return value + (self.parameter - self.parameter.detach())
         through: Tensor = _Through.apply(self.parameter, value)  # type: ignore[no-untyped-call]
         return through
 
@@ -127,7 +141,7 @@ def _subclass(plain: type[nn.Module], keys: tuple[str, ...]) -> type[nn.Module]:
         state = dict(vars(self))
         own = dict(self._parameters)
         for key, effective in state.pop(_PLACE).items():
-            own[key] = nn.Parameter(effective.evaluated().clone())
+            own[key] = effective.copied()
         state["_parameters"] = own
         return _bare, (plain,), state
 

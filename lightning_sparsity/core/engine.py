@@ -7,7 +7,7 @@ step, runs the due rules after it, and commits what they return.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -179,6 +179,12 @@ class Engine:
                     f"comes before update_start={asked.start!r}, step {steps.start}. Give both as "
                     "steps or both as fractions."
                 )
+            if strict and a.key in self._learners and steps.start == steps.end:
+                raise MisconfigurationException(
+                    f"{a.key}: update_start={asked.start!r} and update_end={asked.end!r} are both "
+                    f"step {steps.end} of {self.total:g}, which leaves no step to learn in. Begin "
+                    "earlier or end later."
+                )
             windows.append((a.key, steps, frozenset(a.names)))
             for run in self.runs:
                 run.steps = steps if run.key == a.key else run.steps
@@ -216,7 +222,8 @@ class Engine:
             taken |= names if a.method.role == "updater" else set()
             left = a.method.density or density_of([layers[name] for name in a.names])
             made |= dict.fromkeys(a.names, (a.key, left))
-        self.masks.commit(list(layers.values()), self._optimizers())
+        latent = self._to_be_latent([run for run, _ in shares])
+        self.masks.commit(list(layers.values()), self._optimizers(), latent)
         for run, share in shares:
             run.share = share
             self._warn_of_dead_layers(run)
@@ -227,6 +234,10 @@ class Engine:
         """Whether layers still compute with their parameters, before a method learns masks."""
         learns = run.key in self._learners and run.steps is not None
         return learns and run.owner.steps < run.steps.start  # type: ignore[union-attr]
+
+    def _to_be_latent(self, runs: Sequence[Run]) -> set[str]:
+        """The parameters of those of the runs that learn masks."""
+        return {name for run in runs if run.key in self._learners for name in run.names}
 
     def _start_learning(self) -> None:
         """Let every method that learns masks work on the parameters that it has now."""
@@ -270,13 +281,14 @@ class Engine:
 
     def _layers(self, run: Run) -> Layers:
         seed = self.seed if run.method.seed is None else run.method.seed
-        rates = run.owner.learning_rates()
+        rates, decays = run.owner.learning_rates(), run.owner.weight_decays()
         return [
             self.masks[name].layer(
                 grad=run.owner.kept.get(name),
                 generator=generator(seed, run.key, name, run.updates),
                 statistics=run.owner.capture.of(name) if run.owner.capture else None,
                 lr=rates.get(id(self.masks[name].parameter)),
+                weight_decay=decays.get(id(self.masks[name].parameter)),
             )
             for name in run.names
         ]
@@ -285,16 +297,18 @@ class Engine:
         """Set weights and optimizer state to zero off the masks."""
         for owner in self.owners:
             self.masks.enforce(owner.stepping, owner.optimizer)
-        self._refresh()
+        self._refresh(self.masks)
 
     def enforce_weights(self) -> None:
         """Set weights to zero off the masks, whoever wrote them."""
         self.masks.enforce(self.masks)
-        self._refresh()
+        self._refresh(self.masks)
 
-    def _refresh(self) -> None:
+    def _refresh(self, parameters: Iterable[SparseParameter]) -> None:
+        """Bring what layers compute with up to date with their latent weights."""
+        names = [kept.name for kept in parameters]
         for learner in self._learners.values():
-            learner.refresh(learner.active)
+            learner.refresh(names)
 
     # ---------------------------------------------------------------------- each batch
 
@@ -343,7 +357,7 @@ class Engine:
     def _undo_foreign_writes(self, owner: Owner) -> None:
         if owner.touched():
             self.masks.enforce(owner.stepping)
-            self._refresh()
+            self._refresh(owner.stepping)
             owner.remember()
 
     # ----------------------------------------------------------------------- each step
@@ -356,13 +370,30 @@ class Engine:
             self._undo_foreign_writes(owner)
             self._keep_gradients(owner, copy=True)
             owner.moving = owner.has_gradients
+            scale, decays = self._loss_scale(optimizer), owner.weight_decays()
             for learner in self._learners.values():
-                learner.before_step(owner.parameters, self._loss_scale(optimizer))
+                learner.before_step(owner.parameters, scale, decays)
             self.masks.enforce_gradients(owner.stepping)
             owner.masked = True
 
-    def _before_raw_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Gradients of learned masks are needed, also where nobody announces the step."""
+    def _before_raw_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """Gradients of learned masks are needed, also where nobody announces the step.
+
+        Where a closure makes them, they are there when it has run: it gets a longer one.
+        """
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._announce(optimizer)
+            return None
+
+        def announced() -> Any:
+            result = closure()
+            self._announce(optimizer)
+            return result
+
+        return args[:1], {**kwargs, "closure": announced}
+
+    def _announce(self, optimizer: Optimizer) -> None:
         owner = self._owner(optimizer)
         if owner is not None and self._in_batch and not owner.masked:
             self.before_step(optimizer)
@@ -382,15 +413,16 @@ class Engine:
         for name, (_, slots) in owner.observed.items():
             self.masks[name].slots.update(slots)
         for run in self.runs:
-            if run.owner is owner and self._is_due(run):
+            if run.owner is owner and self._is_due(run) and not self._waits_for_start(run):
                 self._update(run)
             if run in active:
                 self._forget_slots(run)
         self._take_over(owner)
-        for learner in self._learners.values():
-            learner.refresh([kept.name for kept in owner.parameters])
+        self._refresh(owner.stepping)
         owner.forget()
         owner.remember()
+        if any(kept.effective is not None for kept in owner.stepping):
+            owner.doubt()
         self._capture()
 
     def _learn(self, owner: Owner, active: Sequence[Run]) -> None:
@@ -404,14 +436,17 @@ class Engine:
                     state = optimizer_state(kept, owner.optimizer)
                     mask_(state, [~still] * len(state))
 
+    def _waits_for_start(self, run: Run) -> bool:
+        """Whether a method that learns masks has not begun: it begins after all updates."""
+        return run.key in self._learners and run.share is None
+
     def _take_over(self, owner: Owner) -> None:
         """Begin the methods that learn masks, and whose time has come."""
         waiting = [
             run
             for run in self.runs
             if run.owner is owner
-            and run.key in self._learners
-            and run.share is None
+            and self._waits_for_start(run)
             and not run.is_over
             and not self._is_early(run)
         ]
@@ -419,7 +454,8 @@ class Engine:
             layers = {layer.name: layer for layer in self._layers(run)}
             found = any(not kept.is_dense for kept in self._named(run.names))
             share = self._begin(run, layers, found)
-            self.masks.commit(list(layers.values()), self._optimizers())
+            latent = self._to_be_latent([run])
+            self.masks.commit(list(layers.values()), self._optimizers(), latent)
             run.share = share
         if waiting:
             self._start_learning()
@@ -433,6 +469,7 @@ class Engine:
         learner.hand_back(run.names)
         self.masks.commit(baked, self._optimizers())
         self.masks.enforce(self._named(run.names), run.owner.optimizer)
+        run.released = True  # a longer training goes on with what was learned
         self._warn_of_dead_layers(run)
 
     def _keep_gradients(self, owner: Owner, copy: bool) -> None:
@@ -528,8 +565,11 @@ class Engine:
 
     def _warn_of_dead_layers(self, run: Run) -> None:
         """Say which layers of a method have no live weight left."""
+        learner = self._learners.get(run.key)
         for name in run.names:
             kept = self.masks[name]
+            if learner is not None and learner.method.stochastic and name in learner.active:
+                continue  # more lives in training than in validation
             if kept.numel and not kept.live:
                 self._warn(
                     f"{name} is dead",
@@ -602,6 +642,15 @@ class Engine:
         for key, learner in self._learners.items():
             learner.restore(saved["learners"][key], parameters)
         self.has_begun = True
+
+    def latent_among(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The latent ones of the weights of a model's ``state_dict``, by plain name."""
+        return {
+            name: weights[kept.aliases[0]].detach().to("cpu", copy=True)
+            for learner in self._learners.values()
+            for name, kept in learner.active.items()
+            if kept.aliases[0] in weights
+        }
 
     def mask_weights(self, weights: dict[str, Tensor], averaged: bool) -> None:
         """Replace weights by name by what files should get.

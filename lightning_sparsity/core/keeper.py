@@ -107,6 +107,7 @@ class MaskKeeper(Callback):
         )
         if self._restored:
             engine.restore(self._restored)
+            self._put_averages_back(trainer)
             self._restored = {}
         else:  # steps lie behind where a dense training goes on
             steps = trainer.global_step // max(len(trainer.optimizers), 1)
@@ -176,6 +177,10 @@ class MaskKeeper(Callback):
         """Mask weights that an averaging callback has put in place."""
         self._enforce_weights()
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """See the weights that an averaging callback has put back."""
+        self._enforce_weights()
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Mask weights that an averaging callback put in place; say what did not finish."""
         self._enforce_weights()
@@ -190,15 +195,19 @@ class MaskKeeper(Callback):
         """
         masks = self._running.masks
         self._changes = masks.changes
-        for callback in _callbacks(trainer):
-            average = getattr(callback, "_average_model", None)
-            if isinstance(average, torch.nn.Module):
-                model = getattr(average, "module", average)
-                weights = {plain_name(name): p for name, p in model.named_parameters()}
-                sparse = [
-                    p for p in masks if p.name in weights and p.effective is None and not p.is_dense
-                ]
-                apply_gate([weights[p.name] for p in sparse], [p.gate for p in sparse])
+        for weights in _averages(trainer):
+            sparse = [
+                p for p in masks if p.name in weights and p.effective is None and not p.is_dense
+            ]
+            apply_gate([weights[p.name] for p in sparse], [p.gate for p in sparse])
+
+    @torch.no_grad()
+    def _put_averages_back(self, trainer: pl.Trainer) -> None:
+        """Give averages of latent weights, of which a file shows effective ones, their values."""
+        for weights in _averages(trainer):
+            for name, latent in self._restored.get("averages", {}).items():
+                if name in weights:
+                    weights[name].copy_(latent)
 
     def _enforce_weights(self) -> None:
         if self._engine is not None:
@@ -214,7 +223,11 @@ class MaskKeeper(Callback):
             return
         weights = checkpoint.get("state_dict", {})
         if self._engine is not None and self._engine.has_begun:
-            self._engine.mask_weights(weights, averaged="current_model_state" in checkpoint)
+            averaged = "current_model_state" in checkpoint
+            if averaged:
+                mine = checkpoint["callbacks"][self.state_key]
+                mine["averages"] = self._engine.latent_among(weights)
+            self._engine.mask_weights(weights, averaged)
         else:
             mask_weights(self.state_dict(), weights)
 
@@ -253,6 +266,16 @@ def _nobody() -> None:
 
 def _callbacks(trainer: pl.Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
+
+
+def _averages(trainer: pl.Trainer) -> list[dict[str, torch.nn.Parameter]]:
+    """The running averages that callbacks keep of the model, by plain name."""
+    models = [getattr(callback, "_average_model", None) for callback in _callbacks(trainer)]
+    return [
+        {plain_name(name): p for name, p in getattr(m, "module", m).named_parameters()}
+        for m in models
+        if isinstance(m, torch.nn.Module)
+    ]
 
 
 def _nears_last_step(trainer: pl.Trainer) -> bool:

@@ -31,6 +31,7 @@ class Layer:
         generator: CPU generator of this layer and update, the same on every rank.
         bias: The bias of the layer's output units, detached, if it has one.
         lr: Learning rate of the optimizer step that was just made, if there is one.
+        weight_decay: Of the weight, as its optimizer has it; None: no optimizer steps it.
         place: Number of the layer among all linear and convolutional layers of the model, in
             its order; None: unknown.
         barred: Same shape as the mask, True = may not come to life in this update as long
@@ -48,6 +49,7 @@ class Layer:
     generator: torch.Generator | None = None
     bias: Tensor | None = None
     lr: float | None = None
+    weight_decay: float | None = None
     place: int | None = None
     barred: Tensor | None = None
 

@@ -172,19 +172,24 @@ class Learner:
     # ----------------------------------------------------------------------- each step
 
     @torch.no_grad()
-    def before_step(self, parameters: Iterable[SparseParameter], scale: float) -> None:
+    def before_step(
+        self, parameters: Iterable[SparseParameter], scale: float, decays: Mapping[int, float]
+    ) -> None:
         """Turn the gradients of effective weights into those of latent ones and slots.
 
         Args:
             parameters: Those of one optimizer.
             scale: Factor of a GradScaler that is still in the gradients.
+            decays: Weight decay of each parameter, by its ``id``.
         """
         for kept in self._mine(parameters):
             grad = kept.parameter.grad
             if grad is None:
                 continue
             unscaled = grad.detach() / scale if scale != 1 else grad.detach()
-            layer = kept.layer(_off_barred(unscaled, kept.slots), fresh=False)
+            decay = decays.get(id(kept.parameter))
+            dense = _off_barred(unscaled, kept.slots)
+            layer = kept.layer(dense, weight_decay=decay, fresh=False)
             found = self.method.gradients(layer)
             self._pending[kept.name] = {
                 slot: grad for slot, grad in found.items() if slot != "weight" and grad is not None
@@ -216,7 +221,7 @@ class Learner:
                 lr = lrs.get(id(kept.parameter), 0.0)
                 groups[kept.name]["lr"] = self.method.learning_rate(lr, progress)
                 for slot, grad in self._pending.get(kept.name, {}).items():
-                    kept.slots[slot].grad = grad
+                    kept.slots[slot].grad = grad.to(kept.slots[slot].dtype)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
         stopped = []
@@ -287,10 +292,22 @@ class Learner:
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Any], parameters: Mapping[str, SparseParameter]) -> None:
-        """Go on from a saved state, with the slots back in place."""
-        for name, latent in state["latent"].items():
-            parameters[name].parameter.copy_(latent)
-        self.start([parameters[name] for name in state["latent"]])
+        """Go on from a saved state, with the slots back in place.
+
+        Weights that are not what the saved ones made of the latent weights were written since
+        then, and are the latent ones now.
+        """
+        mine = [parameters[name] for name in state["latent"]]
+        found = [kept.parameter.detach().clone() for kept in mine]
+        for kept in mine:
+            kept.parameter.copy_(state["latent"][kept.name])
+        self.start(mine)
+        for kept, weight in zip(mine, found, strict=True):
+            known = weight == kept.weight
+            if self.method.derived:  # the same but for rounding, on another device
+                known = torch.isclose(weight, kept.weight, rtol=1e-3)
+            kept.parameter.copy_(torch.where(known, kept.parameter, weight))
+        self.refresh(self.active)
         if self._optimizer is not None:
             self._optimizer.load_state_dict(state["optimizer"])
 

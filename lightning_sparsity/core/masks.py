@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -56,7 +56,12 @@ class Masks:
         return self.live / self.numel
 
     @torch.no_grad()
-    def commit(self, layers: Layers, optimizers: Sequence[Optimizer] = ()) -> None:
+    def commit(
+        self,
+        layers: Layers,
+        optimizers: Sequence[Optimizer] = (),
+        latent: Collection[str] = (),
+    ) -> None:
         """Write the masks, weights, biases and slots of ``layers`` to the model.
 
         Weights that died get zero, and so does their optimizer state and that of the
@@ -65,12 +70,16 @@ class Masks:
         Args:
             layers: What a rule returned.
             optimizers: Those whose state follows the weights.
+            latent: Names of weights that are about to be latent, and keep what they are off
+                the mask.
         """
         for layer in layers:
-            self._commit(layer, self[layer.name], optimizers)
+            self._commit(layer, self[layer.name], optimizers, layer.name in latent)
         self.changes += 1
 
-    def _commit(self, layer: Layer, kept: SparseParameter, optimizers: Sequence[Optimizer]) -> None:
+    def _commit(
+        self, layer: Layer, kept: SparseParameter, optimizers: Sequence[Optimizer], latent: bool
+    ) -> None:
         changed = layer.mask is not kept.mask
         if changed:
             kept.set_mask(layer.mask)
@@ -81,7 +90,7 @@ class Masks:
             bias.copy_(layer.bias)
         if layer.slots is not kept.slots:
             kept.slots = dict(layer.slots)
-        if kept.effective is not None:  # what is off its mask may come back
+        if latent or kept.effective is not None:  # what is off its mask may come back
             return
         # State off the old mask is zero already, so the new mask clears all but survivors.
         state = [t for o in optimizers for t in optimizer_state(kept, o)] if changed else []

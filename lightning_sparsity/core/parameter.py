@@ -82,9 +82,8 @@ class SparseParameter:
     @property
     def bias(self) -> nn.Parameter | None:
         """The bias of the layer's output units, if it has one."""
-        found = getattr(self.module, "bias", None)
-        mine = getattr(self.module, "weight", None) is self.parameter
-        return found if mine and isinstance(found, nn.Parameter) else None
+        held = self.module._parameters  # not attributes: they may be effective weights
+        return held.get("bias") if held.get("weight") is self.parameter else None
 
     @property
     def numel(self) -> int:
@@ -160,6 +159,7 @@ class SparseParameter:
         generator: torch.Generator | None = None,
         statistics: Mapping[str, tuple[Tensor, ...]] | None = None,
         lr: float | None = None,
+        weight_decay: float | None = None,
         fresh: bool = True,
     ) -> Layer:
         """The frozen view that rules work on; ``weight`` is the parameter itself.
@@ -169,6 +169,7 @@ class SparseParameter:
             generator: Of random choices.
             statistics: Inputs and output gradients of this step.
             lr: Learning rate of the step.
+            weight_decay: Of the weight's optimizer.
             fresh: Whether the mask of a derived weight is brought up to date first.
         """
         return Layer(
@@ -183,6 +184,7 @@ class SparseParameter:
             generator=generator,
             bias=None if self.bias is None else self.bias.detach(),
             lr=lr,
+            weight_decay=weight_decay,
             place=self.place,
         )
 

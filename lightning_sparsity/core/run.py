@@ -72,8 +72,15 @@ class Owner:
 
     def learning_rates(self) -> dict[int, float]:
         """The learning rate of every parameter that the optimizer steps, by its ``id``."""
+        return self._setting("lr")
+
+    def weight_decays(self) -> dict[int, float]:
+        """The weight decay of every parameter that the optimizer steps, by its ``id``."""
+        return self._setting("weight_decay")
+
+    def _setting(self, name: str) -> dict[int, float]:
         groups = self.optimizer.param_groups if self.optimizer is not None else []
-        return {id(p): float(group["lr"]) for group in groups for p in group["params"]}
+        return {id(p): float(group.get(name, 0)) for group in groups for p in group["params"]}
 
     def stepped(self) -> bool:
         """Whether a step of the optimizer that just ended changed the weights."""
@@ -102,6 +109,10 @@ class Owner:
     def remember(self) -> None:
         """Note the state of the weights, for :meth:`touched`."""
         self._seen = self._look()
+
+    def doubt(self) -> None:
+        """Take it that somebody will write to the weights and leave no trace."""
+        self._seen = []
 
     def touched(self) -> bool:
         """Whether somebody wrote to the weights since :meth:`remember`.

@@ -97,9 +97,9 @@ class OptG(LearnedMask):
         super().__init__(
             density=density,
             distribution=distribution,
-            default_distribution=global_by(slot("score")),
-            initial=drop(slot("score")),
-            update=drop(slot("score")),
+            default_distribution=global_by(slot("score", signed=True)),
+            initial=drop(slot("score", signed=True)),
+            update=drop(slot("score", signed=True)),
             ramp=self._sparsify,
             update_interval=update_interval,
             update_start=update_start,
@@ -121,9 +121,14 @@ class OptG(LearnedMask):
                 f"OptG(alpha={self.alpha!r}, update_end={self.update_end!r}): the number of epochs "
                 'is not known. Set Trainer(max_epochs=...), or give alpha="auto" and update_end=.'
             )
-        if self.update_end is None and epochs is not None:
-            end = 1 - 1 / epochs if epochs > 1 else 0.5
-            self.window = Window(self.window.every, self.window.start, end)
+        if self.update_end is None and epochs is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            start, end = self.window.start, 1 - 1 / epochs if epochs > 1 else 0.5
+            if isinstance(start, float) and start >= end:
+                raise MisconfigurationException(
+                    f"OptG(update_start={start}): the masks are final from {end:.4g} of training "
+                    "on, where the last epoch begins. Begin earlier, or give update_end=."
+                )
+            self.window = Window(self.window.every, start, end)
         self._epochs = epochs or 0
         self._steepness = 80.0 if self.alpha == "auto" else float(self.alpha) * self._epochs
 
