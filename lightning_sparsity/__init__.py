@@ -38,8 +38,23 @@ from lightning_sparsity.callbacks.initial.snip import SNIP
 from lightning_sparsity.callbacks.initial.snip_it import SNAPit, SNIPit
 from lightning_sparsity.callbacks.initial.static import StaticSparse
 from lightning_sparsity.callbacks.initial.synflow import SynFlow
+from lightning_sparsity.callbacks.learned.auto_prune import AutoPrune
+from lightning_sparsity.callbacks.learned.continuous_sparsification import ContinuousSparsification
+from lightning_sparsity.callbacks.learned.dnw import DNW
+from lightning_sparsity.callbacks.learned.dpf import DPF
+from lightning_sparsity.callbacks.learned.dynamic_thresholds import DynamicThresholds
+from lightning_sparsity.callbacks.learned.edge_popup import EdgePopup
 from lightning_sparsity.callbacks.learned.espn import ESPNFinetune, ESPNRewind
+from lightning_sparsity.callbacks.learned.l0 import L0
+from lightning_sparsity.callbacks.learned.movement import MovementPruning, SoftMovementPruning
 from lightning_sparsity.callbacks.learned.optg import OptG
+from lightning_sparsity.callbacks.learned.powerpropagation import Powerpropagation
+from lightning_sparsity.callbacks.learned.soft_threshold import STR
+from lightning_sparsity.callbacks.learned.sr_ste import SRSTE
+from lightning_sparsity.callbacks.learned.supermask import Supermask
+from lightning_sparsity.callbacks.learned.top_kast import TopKAST
+from lightning_sparsity.callbacks.learned.variational_dropout import VariationalDropout
+from lightning_sparsity.callbacks.learned_mask import LearnedMask
 from lightning_sparsity.core.filters import first_layer, last_layer, linear_and_conv
 from lightning_sparsity.core.window import epochs
 from lightning_sparsity.distributions import (
@@ -76,30 +91,37 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ACDC",
+    "AutoPrune",
+    "Block",
     "CHT",
+    "Columns",
+    "ContinuousSparsification",
+    "DNW",
+    "DPF",
     "DSR",
+    "DeepR",
+    "DensityMonitor",
+    "DynamicThresholds",
     "ESPNFinetune",
     "ESPNRewind",
+    "EdgePopup",
     "FORCE",
     "GMP",
     "GSE",
-    "MEST",
-    "NM",
-    "SET",
-    "SNFS",
-    "SNIP",
-    "Block",
-    "Columns",
-    "DeepR",
-    "DensityMonitor",
     "GraNet",
     "GraSP",
     "IterSNIP",
+    "L0",
+    "LearnedMask",
     "LotteryTicket",
+    "MEST",
     "Magnitude",
     "MaskCallback",
+    "MovementPruning",
+    "NM",
     "NeST",
     "OptG",
+    "Powerpropagation",
     "ProsPr",
     "RedrGradient",
     "RedrGradientGlobal",
@@ -109,12 +131,21 @@ __all__ = [
     "RedrWoodtaylor",
     "RigL",
     "Rows",
+    "SET",
     "SNAPit",
+    "SNFS",
+    "SNIP",
     "SNIPit",
+    "SRSTE",
     "SRigL",
+    "STR",
+    "SoftMovementPruning",
     "StaticSparse",
+    "Supermask",
     "SynFlow",
+    "TopKAST",
     "Unstructured",
+    "VariationalDropout",
     "constant",
     "cosine",
     "cubic",

@@ -89,6 +89,44 @@ class sparse_uniform(Verb):
 
 
 @dataclass(frozen=True)
+class signed_constant(Verb):
+    r"""Give all weights of a layer one magnitude; signs stay.
+
+    The start of networks whose weights are never trained (Zhou et al., 2019; Ramanujan et al.,
+    2020). Weights off the mask get it too, as a method that learns masks may choose them later,
+    and so do layers that are dense.
+
+    Args:
+        scale: The magnitude: ``"fan_in"`` :math:`\sqrt{2 / \text{fan-in}}`, ``"live_fan_in"``
+            :math:`\sqrt{2 / (d \cdot \text{fan-in})}` with :math:`d` the density of the layer,
+            or ``"std"`` the standard deviation of the weights that the layer has.
+
+    Raises:
+        ValueError: If ``scale`` is something else.
+    """
+
+    scale: Literal["fan_in", "live_fan_in", "std"] = "fan_in"
+    needs_gradient: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.scale not in ("fan_in", "live_fan_in", "std"):
+            raise ValueError(f'{self}: scale must be "fan_in", "live_fan_in" or "std".')
+
+    def __call__(self, layers: Layers, budget: Budget, progress: float) -> Layers:
+        """Replace the weights of every layer."""
+        return [
+            dataclasses.replace(layer, weight=layer.weight.sign() * self._magnitude(layer))
+            for layer in layers
+        ]
+
+    def _magnitude(self, layer: Layer) -> float:
+        if self.scale == "std":
+            return float(layer.weight.std(correction=0))
+        density = max(layer.live, 1) / layer.size if self.scale == "live_fan_in" else 1.0
+        return math.sqrt(2 / (density * layer.layout.by_neuron(layer.mask).shape[1]))
+
+
+@dataclass(frozen=True)
 class approximate_isometry(Verb):
     r"""Move live weights until layers keep the length of signals (Lee et al., 2020).
 

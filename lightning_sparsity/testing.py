@@ -229,7 +229,7 @@ def assert_zero_off_masks(masks: Masks, optimizers: Sequence[Optimizer] = ()) ->
     for kept in masks:
         assert int(kept.mask.sum()) == kept.live, f"{kept.name}: stale count"
         assert not kept.weight[~kept.mask].any(), f"{kept.name}: weight off the mask"
-        for optimizer in optimizers if kept.effective is None else ():
+        for optimizer in optimizers if not kept.is_latent else ():
             for tensor in optimizer_state(kept, optimizer):
                 assert not tensor[~kept.mask].any(), f"{kept.name}: optimizer state off the mask"
 

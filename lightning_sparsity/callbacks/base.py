@@ -297,6 +297,26 @@ class MaskCallback(SparsityCallback):
                 f"(here {structure!r})."
             )
 
+    def _check_number(
+        self,
+        name: str,
+        value: object,
+        low: float,
+        high: float = math.inf,
+        *,
+        inside: bool = False,
+    ) -> None:
+        """Raise unless ``value`` is finite and from ``low`` to ``high``, or lies between them."""
+        least, most = ("above", "below") if inside else ("at least", "at most")
+        bounds = [f"{least} {low:g}"] * (low > -math.inf) + [f"{most} {high:g}"] * (high < math.inf)
+        allowed = " and ".join(bounds) or "finite"
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{self._name}({name}={value!r}): {name} must be a number, {allowed}.")
+        number = float(value)
+        fits = low < number < high if inside else low <= number <= high
+        if not (fits and math.isfinite(number)):
+            raise ValueError(f"{self._name}({name}={value!r}): {name} must be {allowed}.")
+
     def _check_flag(self, name: str, value: object) -> None:
         """Raise unless ``value`` is a bool."""
         if not isinstance(value, bool):

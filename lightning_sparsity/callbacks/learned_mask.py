@@ -46,13 +46,11 @@ class LearnedMask(MaskCallback):
     Attributes:
         trained: Slots that the private optimizer trains; :meth:`extras` gives their start.
         derived: Which of the two kinds.
-        stochastic: Whether :meth:`effective` is random, so that validation differs.
         dense_gradients: Whether weights off the mask get a gradient (straight-through).
     """
 
     trained: ClassVar[Sequence[str]] = ()
     derived: ClassVar[bool] = False
-    stochastic: ClassVar[bool] = False
     dense_gradients: bool = False
 
     def extras(self, layer: Layer) -> Mapping[str, Tensor]:
@@ -70,6 +68,11 @@ class LearnedMask(MaskCallback):
     def evaluated(self, layer: Layer) -> Tensor:
         """What it computes with in validation, and what files get."""
         return self.effective(layer)
+
+    @property
+    def evaluates_apart(self) -> bool:
+        """Whether :meth:`evaluated` is a function of its own, as where the other is random."""
+        return type(self).evaluated is not LearnedMask.evaluated
 
     def support(self, layer: Layer) -> Tensor:
         """Where :meth:`evaluated` is not zero by design: bool, shape of the weight."""
@@ -156,6 +159,15 @@ class LearnedMask(MaskCallback):
     def is_done(self, layers: Layers, share: Share) -> bool:
         """Whether the method ends after this update, before its window does."""
         return False
+
+    def figures(self, layer: Layer) -> Mapping[str, float]:
+        """Numbers that monitors log; here mean and standard deviation of what is trained."""
+        spread = {slot: torch.std_mean(layer.slots[slot], unbiased=False) for slot in self.trained}
+        return {
+            f"{slot}_{what}": float(value)
+            for slot, (std, mean) in spread.items()
+            for what, value in (("mean", mean), ("std", std))
+        }
 
     # ------------------------------------------------------------------------ masks
 

@@ -23,7 +23,12 @@ from lightning_sparsity.core.learner import LearnedMethod, Learner
 from lightning_sparsity.core.masks import Masks, optimizer_state
 from lightning_sparsity.core.method import Share
 from lightning_sparsity.core.parameter import SparseParameter
-from lightning_sparsity.core.plan import Assignment, check_order, check_windows
+from lightning_sparsity.core.plan import (
+    Assignment,
+    check_effective,
+    check_order,
+    check_windows,
+)
 from lightning_sparsity.core.randomness import generator
 from lightning_sparsity.core.run import Owner, Run, by_optimizer, carry_over, census
 from lightning_sparsity.core.view import ModelView
@@ -89,6 +94,7 @@ class Engine:
             for a in assignments
             if isinstance(a.method, LearnedMethod)
         }
+        check_effective([a for a in assignments if a.key in self._learners])
         self._watches_steps = is_manual and bool(self._learners)
         self._epoch = 0
         self._ending: int | None = None
@@ -215,13 +221,14 @@ class Engine:
         for a in self._assignments:
             names = set(a.names)
             check_order(a, made)
-            if a.method.role == "initial" or not names & taken:
+            if a.method.role != "updater" or not names & taken:
                 found = bool(names & made.keys())
                 mine = [run for run in self.runs if run.key == a.key and not self._is_early(run)]
                 shares += [(run, self._begin(run, layers, found, view)) for run in mine]
             taken |= names if a.method.role == "updater" else set()
             left = a.method.density or density_of([layers[name] for name in a.names])
-            made |= dict.fromkeys(a.names, (a.key, left))
+            if a.method.role != "reparametrization":
+                made |= dict.fromkeys(a.names, (a.key, left))
         latent = self._to_be_latent([run for run, _ in shares])
         self.masks.commit(list(layers.values()), self._optimizers(), latent)
         for run, share in shares:
@@ -237,7 +244,9 @@ class Engine:
 
     def _to_be_latent(self, runs: Sequence[Run]) -> set[str]:
         """The parameters of those of the runs that learn masks."""
-        return {name for run in runs if run.key in self._learners for name in run.names}
+        learning = [run for run in runs if run.key in self._learners]
+        masking = [run for run in learning if run.method.role == "updater"]
+        return {name for run in masking for name in run.names}
 
     def _start_learning(self) -> None:
         """Let every method that learns masks work on the parameters that it has now."""
@@ -401,6 +410,8 @@ class Engine:
     def after_step(self, optimizer: Optimizer) -> None:
         """Mask what the step wrote, then run the updates that are due."""
         owner = self._owner(optimizer)
+        if owner is not None and not self._in_batch:  # a search for a learning rate, say
+            self._refresh(owner.stepping)
         if owner is None or not self._in_batch or not owner.stepped():
             return
         if not owner.masked:  # a raw optimizer: its gradients are still dense
@@ -457,6 +468,8 @@ class Engine:
             latent = self._to_be_latent([run])
             self.masks.commit(list(layers.values()), self._optimizers(), latent)
             run.share = share
+            if self._ending is not None:  # this epoch owes no update
+                run.last_epoch = self._ending
         if waiting:
             self._start_learning()
 
@@ -563,13 +576,20 @@ class Engine:
 
     # ---------------------------------------------------------------------- what is odd
 
-    def _warn_of_dead_layers(self, run: Run) -> None:
+    def warn_of_dead_layers(self) -> None:
+        """Say which layers the end of training leaves without a live weight."""
+        for run in self.runs:
+            self._warn_of_dead_layers(run, at_the_end=True)
+
+    def _warn_of_dead_layers(self, run: Run, at_the_end: bool = False) -> None:
         """Say which layers of a method have no live weight left."""
         learner = self._learners.get(run.key)
+        # more may live in training than in validation
+        hidden = learner.active if learner is not None and learner.method.evaluates_apart else {}
         for name in run.names:
             kept = self.masks[name]
-            if learner is not None and learner.method.stochastic and name in learner.active:
-                continue  # more lives in training than in validation
+            if name in hidden and not at_the_end:
+                continue
             if kept.numel and not kept.live:
                 self._warn(
                     f"{name} is dead",

@@ -186,6 +186,7 @@ class MaskKeeper(Callback):
         self._enforce_weights()
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._running.warn_of_unfinished_ramps()
+            self._running.warn_of_dead_layers()
 
     def _mask_averages(self, trainer: pl.Trainer) -> None:
         """Mask the running averages of averaging callbacks, when the masks have changed.
@@ -196,9 +197,7 @@ class MaskKeeper(Callback):
         masks = self._running.masks
         self._changes = masks.changes
         for weights in _averages(trainer):
-            sparse = [
-                p for p in masks if p.name in weights and p.effective is None and not p.is_dense
-            ]
+            sparse = [p for p in masks if p.name in weights and not p.is_latent and not p.is_dense]
             apply_gate([weights[p.name] for p in sparse], [p.gate for p in sparse])
 
     @torch.no_grad()
@@ -244,7 +243,13 @@ class MaskKeeper(Callback):
         return self._engine.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Only store: the state is compared and applied when training starts."""
+        """Only store: the state is compared and applied when training starts.
+
+        In mid-training it is applied: a search for a learning rate puts back what it found.
+        """
+        if self._engine is not None and self._engine.has_begun:
+            self._engine.restore(state_dict)
+            return
         self._restored = dict(state_dict)
         self._rng_is_due = True
 

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_sparsity.core.effective import EffectiveWeight
 from lightning_sparsity.core.layer import Layer, Layers
-from lightning_sparsity.core.method import Share
+from lightning_sparsity.core.method import Role, Share
 from lightning_sparsity.core.parameter import SparseParameter
 from lightning_sparsity.ops.masked import apply_gate, gated
 
@@ -32,13 +32,13 @@ class LearnedMethod(Protocol):
         trained: Slots that the private optimizer trains.
         derived: Whether weight and mask are functions of the latent weight and the slots. If
             not, the mask is stored, and the layer computes with the latent weight times it.
-        stochastic: Whether validation computes with another weight than training.
         dense_gradients: Whether latent weights off the mask get a gradient.
+        role: A "reparametrization" is derived, but for the mask, which others store.
     """
 
+    role: Role
     trained: Sequence[str]
     derived: bool
-    stochastic: bool
     dense_gradients: bool
 
     def effective(self, layer: Layer) -> Tensor:
@@ -47,6 +47,11 @@ class LearnedMethod(Protocol):
 
     def evaluated(self, layer: Layer) -> Tensor:
         """Of a derived method: what it computes with in validation, and what files get."""
+        ...
+
+    @property
+    def evaluates_apart(self) -> bool:
+        """Whether validation computes with another weight than training."""
         ...
 
     def support(self, layer: Layer) -> Tensor:
@@ -130,10 +135,12 @@ class Learner:
         """As :meth:`begin`, with slots that have settled."""
         for kept in parameters:
             evaluate = partial(self._evaluated, kept)
-            effective = EffectiveWeight(kept.parameter, evaluate, not self.method.stochastic)
+            effective = EffectiveWeight(kept.parameter, evaluate, not self.method.evaluates_apart)
             effective.install(self._modules)
-            support = partial(self._support, kept) if self.method.derived else None
-            kept.compute_with(effective, self.method.dense_gradients, support)
+            in_place = self.method.role == "reparametrization"
+            own = self.method.derived and not in_place
+            support = partial(self._support, kept) if own else None
+            kept.compute_with(effective, self.method.dense_gradients, support, in_place)
             self.active[kept.name] = kept
             if self.method.trained:
                 self._train([kept.slots[slot] for slot in self.method.trained], kept.name)
@@ -297,6 +304,7 @@ class Learner:
         Weights that are not what the saved ones made of the latent weights were written since
         then, and are the latent ones now.
         """
+        self.hand_back(list(self.active))
         mine = [parameters[name] for name in state["latent"]]
         found = [kept.parameter.detach().clone() for kept in mine]
         for kept in mine:

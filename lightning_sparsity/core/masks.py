@@ -90,7 +90,7 @@ class Masks:
             bias.copy_(layer.bias)
         if layer.slots is not kept.slots:
             kept.slots = dict(layer.slots)
-        if latent or kept.effective is not None:  # what is off its mask may come back
+        if latent or kept.is_latent:  # what is off its mask may come back
             return
         # State off the old mask is zero already, so the new mask clears all but survivors.
         state = [t for o in optimizers for t in optimizer_state(kept, o)] if changed else []
@@ -107,7 +107,7 @@ class Masks:
         """
         tensors, gates = [], []
         for kept in parameters:
-            if kept.effective is not None or kept.is_dense:
+            if kept.is_latent or kept.is_dense:
                 continue
             state = optimizer_state(kept, optimizer) if optimizer is not None else []
             tensors += [kept.parameter, *state]

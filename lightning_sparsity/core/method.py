@@ -15,8 +15,9 @@ from lightning_sparsity.core.view import ModelView
 from lightning_sparsity.core.window import Window
 from lightning_sparsity.structures import Structure
 
-Role = Literal["initial", "updater"]
-"""Initial methods act once, before the first step; updaters act in a window."""
+Role = Literal["initial", "reparametrization", "updater"]
+"""Initial methods act once, before the first step; updaters act in a window; under one of them
+a reparametrization changes what layers compute with, and leaves masks alone."""
 
 Observe = Callable[[Layer], Mapping[str, Tensor]]
 """Sees a layer with its dense gradient before every step; returns the slots to keep."""
@@ -46,7 +47,7 @@ class Method(Protocol):
     """A callback that makes or changes masks.
 
     Attributes:
-        role: Initial or updater.
+        role: Initial, reparametrization or updater.
         include: Which parameters are sparse.
         exclude: Which of those are left dense.
         structure: What one unit is; None: as an earlier method has it.

@@ -18,9 +18,10 @@ class SparseParameter:
     """A weight that is zero off its mask.
 
     Three kinds, which monitors, scores and export never tell apart. *In place*: the parameter
-    itself is zero off the stored mask. *Straight-through*: the layer computes with the latent
-    parameter times the stored mask. *Derived*: it computes with a function of the parameter
-    and of slots, and the mask is where that is not zero by design.
+    itself is zero off the stored mask; the layer computes with it, or with a function of it that
+    keeps zeros. *Straight-through*: the layer computes with the latent parameter times the
+    stored mask. *Derived*: it computes with a function of the parameter and of slots, and the
+    mask is where that is not zero by design.
 
     Monitors, scores and export read ``name``, ``weight``, ``mask``, ``density`` and
     ``slots``; only :class:`~lightning_sparsity.core.masks.Masks` and
@@ -37,7 +38,8 @@ class SparseParameter:
         parameter: The parameter itself.
         module: The layer that holds it.
         slots: Tensors that a method keeps for this weight.
-        effective: What the layer computes with; None for the in-place kind.
+        effective: What the layer computes with; None: the parameter.
+        is_latent: Whether the parameter may live off the mask: the kinds that are not in place.
         dense_gradients: Whether the parameter gets gradients off its mask.
     """
 
@@ -53,6 +55,7 @@ class SparseParameter:
         self.place = place
         self.slots: dict[str, Tensor] = {}
         self.effective: EffectiveWeight | None = None
+        self.is_latent = False
         self.dense_gradients = False
         self._support: Callable[[], Tensor] | None = None
         self._mask = torch.ones_like(candidate.parameter, dtype=torch.bool)
@@ -136,6 +139,7 @@ class SparseParameter:
         effective: EffectiveWeight | None,
         dense_gradients: bool = False,
         support: Callable[[], Tensor] | None = None,
+        in_place: bool = False,
     ) -> None:
         """Become a straight-through or derived weight, or in place again.
 
@@ -143,8 +147,10 @@ class SparseParameter:
             effective: What the layer computes with; None: the parameter.
             dense_gradients: Whether the parameter gets gradients off its mask.
             support: Gives the mask of a derived weight.
+            in_place: Whether the parameter stays zero off the mask.
         """
         self.effective = effective
+        self.is_latent = effective is not None and not in_place
         self.dense_gradients = dense_gradients
         self._support = support
         self._mask_is_stale = support is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -12,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lightning_sparsity.core.filters import Candidate, candidates, linear_and_conv, select
 from lightning_sparsity.core.layer import errors_of
-from lightning_sparsity.core.method import Method
+from lightning_sparsity.core.method import Method, Role
 from lightning_sparsity.core.parameter import SparseParameter
 from lightning_sparsity.core.window import Steps
 from lightning_sparsity.structures import Structure, Unstructured
@@ -46,8 +47,9 @@ def assign(
         MisconfigurationException: If two methods cut one weight in different units.
     """
     pool = candidates(model)
+    order = get_args(Role)
     methods = sorted(
-        (c for c in callbacks if isinstance(c, Method)), key=lambda m: m.role != "initial"
+        (c for c in callbacks if isinstance(c, Method)), key=lambda m: order.index(m.role)
     )
     assignments: list[Assignment] = []
     chosen: dict[str, tuple[Candidate, Structure, str]] = {}
@@ -63,6 +65,25 @@ def assign(
     places = {c.name: n for n, c in enumerate(c for c in pool if linear_and_conv(c))}
     parameters = [SparseParameter(c, unit, places.get(c.name)) for c, unit, _ in ordered]
     return assignments, parameters
+
+
+def check_effective(learned: Sequence[Assignment]) -> None:
+    """Refuse two methods that both change what a layer computes with, if one does so always.
+
+    Args:
+        learned: Those whose layers compute with effective weights.
+
+    Raises:
+        MisconfigurationException: Naming both callbacks, the parameter and the way out.
+    """
+    for place, a in enumerate(learned):
+        for b in learned[:place]:
+            always = "reparametrization" in (a.method.role, b.method.role)
+            if always and (both := set(a.names) & set(b.names)):
+                raise MisconfigurationException(
+                    f"{b.key} and {a.key} both change what {min(both)} computes with. Give them "
+                    "different parameters with include= and exclude=, or leave one out."
+                )
 
 
 def check_windows(windows: Sequence[tuple[str, Steps, frozenset[str]]]) -> None:
@@ -97,6 +118,8 @@ def check_order(assignment: Assignment, made: Mapping[str, tuple[str, float]]) -
             only, or would have to grow and only prunes.
     """
     key, method, names = assignment.key, assignment.method, set(assignment.names)
+    if method.role == "reparametrization":
+        return
     found, fresh = names & made.keys(), names - made.keys()
     if found and fresh:
         raise MisconfigurationException(

@@ -16,7 +16,7 @@ def take(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
         Tensors and plain Python only, so that a checkpoint may hold it.
     """
     return {
-        "module": _copied(module.state_dict()),
+        "module": _copied(module.state_dict(keep_vars=True)),  # latent weights as they are
         "optimizers": [_copied(optimizer.state_dict()) for optimizer in trainer.optimizers],
         "schedulers": [
             _copied(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs

@@ -32,6 +32,8 @@ class DensityMonitor(SparsityCallback):
       :math:`R_s` (Liu et al., 2021, arXiv:2102.02887);
     - ``drop_fraction/RigL``, by callback: share of the live weights that an update drops at
       present, 0 outside the callback's window;
+    - of learned masks, by parameter, what the method says of them, such as ``score_mean/`` and
+      ``score_std/``;
     - ``flops/inference``: :math:`F = \sum_l f_l d_l + f_o`, per sample;
     - ``flops/training``: per sample, in the mean of the training so far;
     - ``flops/inference_ratio``, ``flops/training_ratio``: the same, divided by those of the

@@ -96,6 +96,7 @@ class Watch:
             self.cost.flops = counter.per_sample(samples)
         updated = self._updated()
         dense = {name: 1 for run in self._keeper.runs if run.observes for name in run.names}
+        dense |= {kept.name: 1 for kept in self.masks if kept.is_latent}
         for run in updated:
             if run.method.needs_gradient:
                 dense.update({name: accumulated for name in run.names if name not in dense})
@@ -120,6 +121,7 @@ class Watch:
             **self.tracker.metrics(),
             **self._connectivity(),
             **self._drop_fractions(),
+            **self._figures(),
             **self.cost.metrics(self.tracker.densities),
         }
 
@@ -151,6 +153,20 @@ class Watch:
         wired = {name: layer for name, layer in self.wiring.items() if layer.neurons}
         dead = {f"dead_neurons/{name}": layer.dead_neurons for name, layer in wired.items()}
         return {"effective_density/total": total, **dead}
+
+    def _figures(self) -> dict[str, float]:
+        """What methods say of the masks that they learn."""
+        found: dict[str, float] = {}
+        for run in self._keeper.runs:
+            figures = getattr(run.method, "figures", None)
+            if figures is None:
+                continue
+            for name in run.names:
+                kept = self.masks[name]
+                if kept.effective is not None:
+                    said = figures(kept.layer())
+                    found |= {f"{figure}/{name}": value for figure, value in said.items()}
+        return found
 
     def _drop_fractions(self) -> dict[str, float]:
         found: dict[str, float] = {}

@@ -14,22 +14,36 @@ import lightning_sparsity
 from lightning_sparsity import (
     ACDC,
     CHT,
+    DNW,
+    DPF,
     DSR,
     FORCE,
     GMP,
     GSE,
+    L0,
     MEST,
     SET,
     SNFS,
     SNIP,
+    SRSTE,
+    STR,
+    AutoPrune,
+    ContinuousSparsification,
     DeepR,
+    DynamicThresholds,
+    EdgePopup,
+    ESPNFinetune,
+    ESPNRewind,
     GraNet,
     GraSP,
     IterSNIP,
+    LearnedMask,
     LotteryTicket,
     Magnitude,
     MaskCallback,
+    MovementPruning,
     NeST,
+    OptG,
     ProsPr,
     RedrGradient,
     RedrGradientGlobal,
@@ -40,9 +54,14 @@ from lightning_sparsity import (
     RigL,
     SNAPit,
     SNIPit,
+    SoftMovementPruning,
     SRigL,
     StaticSparse,
+    Supermask,
     SynFlow,
+    TopKAST,
+    Unstructured,
+    VariationalDropout,
 )
 from lightning_sparsity.core.apportion import shares
 from lightning_sparsity.core.layer import Layer
@@ -111,14 +130,62 @@ METHODS: dict[str, Make] = {
     "GraNet": lambda density=0.3, **kw: GraNet(density, **{"update_interval": 4, **kw}),
     "LotteryTicket": lambda density=0.3, **kw: LotteryTicket(density, **{"rounds": 2, **kw}),
     "Magnitude": lambda density=0.3, **kw: Magnitude(density, **{"at": 0.5, **kw}),
+    "OptG": lambda density=0.3, **kw: OptG(density, **{"alpha": 1.0, "update_interval": 4, **kw}),
+    "DNW": lambda density=0.3, **kw: DNW(density, **kw),
+    "DPF": lambda density=0.3, **kw: DPF(density, **{"update_interval": 4, **kw}),
+    "SRSTE": lambda density=0.3, **kw: SRSTE(
+        density, **{"structure": Unstructured(), "exclude": (), **kw}
+    ),
+    "TopKAST": lambda density=0.3, **kw: TopKAST(density, **kw),
+    "EdgePopup": lambda density=0.3, **kw: EdgePopup(
+        density, **{"update_interval": 4, "update_end": 0.7, "lr_scale": 100.0, **kw}
+    ),
+    "MovementPruning": lambda density=0.3, **kw: MovementPruning(
+        density, **{"update_interval": 4, "update_end": 0.7, **kw}
+    ),
 }
 INITIAL = [name for name, make in METHODS.items() if make().role == "initial"]
 UPDATERS = [name for name in METHODS if name not in INITIAL]
 # Only the total of their live weights stays the same.
 MOVE_BETWEEN_LAYERS = ["RedrGradientGlobal", "DSR", "SNFS", "RedrWoodfisher", "RedrWoodtaylor"]
 SINGLE_WEIGHTS = [name for name, make in METHODS.items() if make().single_weights]
-FULL_MATRIX = ["RigL", "SET", "GMP"]
+FULL_MATRIX = ["RigL", "SET", "GMP", "OptG"]
+# Layers compute with effective weights until the window ends, and with their own from then on.
+LEARNED = ["OptG", "DNW", "DPF", "SRSTE", "TopKAST", "EdgePopup", "MovementPruning"]
 LINEAR_ONLY = ["CHT"]
+
+# Methods without a density: what prunes something in 24 steps.
+EMERGENT: dict[str, Callable[..., LearnedMask]] = {
+    "STR": lambda **kw: STR(**{"s_init": -5.0, "weight_decay": 0.1, **kw}),
+    "ContinuousSparsification": lambda **kw: ContinuousSparsification(
+        **{"lam": 1e-3, "lr_scale": 10.0, **kw}
+    ),
+    "DynamicThresholds": lambda **kw: DynamicThresholds(**{"alpha": 1e-2, **kw}),
+    "L0": lambda **kw: L0(0.01, **{"lr": 0.05, "droprate_init": 0.9, "examples": 64, **kw}),
+    "VariationalDropout": lambda **kw: VariationalDropout(
+        **{"lr": 0.5, "examples": 64, "warmup": (0.0, 0.1), **kw}
+    ),
+    "Supermask": lambda **kw: Supermask(**kw),
+    "SoftMovementPruning": lambda **kw: SoftMovementPruning(**{"lam": 10.0, "lr": 0.2, **kw}),
+    "AutoPrune": lambda **kw: AutoPrune(**{"mu": 0.01, "initial_score": 0.01, **kw}),
+}
+# And those with phases of their own; one epoch of joint training and two after it.
+APART: dict[str, Callable[..., LearnedMask]] = {
+    **EMERGENT,
+    "ESPNFinetune": lambda **kw: ESPNFinetune(
+        **{"density": 0.3, "alpha": 2.0, "joint_lr": 0.1, "tune_epochs": 2, **kw}
+    ),
+    "ESPNRewind": lambda **kw: ESPNRewind(
+        **{
+            "density": 0.3,
+            "alpha": 2.0,
+            "joint_lr": 0.1,
+            "rewind_to": 0,
+            "tune_epochs": 2,
+            **kw,
+        }
+    ),
+}
 
 
 def expected_live(
@@ -199,5 +266,5 @@ def public_methods() -> set[str]:
         for name in lightning_sparsity.__all__
         if inspect.isclass(member := getattr(lightning_sparsity, name))
         and issubclass(member, MaskCallback)
-        and member is not MaskCallback
+        and member not in (MaskCallback, LearnedMask)
     }

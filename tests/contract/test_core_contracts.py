@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from methods import (
+    APART,
     FULL_MATRIX,
     INITIAL,
     LINEAR_ONLY,
@@ -35,9 +36,14 @@ STRUCTURES = {
 
 
 def test_the_table_is_complete() -> None:
-    assert set(METHODS) == public_methods()
+    # Powerpropagation makes no masks; it has tests of its own.
+    assert set(METHODS) | set(APART) == public_methods() - {"Powerpropagation"}
     # The monitor has contracts of its own, in tests/integration/test_monitor_fit.py.
-    assert public_callbacks() == public_methods() | {"MaskCallback", "DensityMonitor"}
+    assert public_callbacks() == public_methods() | {
+        "MaskCallback",
+        "LearnedMask",
+        "DensityMonitor",
+    }
     assert set(FULL_MATRIX) <= set(UPDATERS) < set(METHODS)
 
 
@@ -63,6 +69,9 @@ def test_budget_is_exact(name: str, density: float) -> None:
         "SRigL",
         "GraNet",
         "LotteryTicket",
+        "OptG",
+        "DPF",
+        "MovementPruning",
     ):  # their density changes on the way
         assert {sum(live.values()) for _, live in result.history} == {result.live}
         assert name in MOVE_BETWEEN_LAYERS or len(_counts(result)) == 1
@@ -92,6 +101,13 @@ def test_updates_happen(name: str) -> None:
         "DeepR": 22,
         "DSR": 5,
         "GraNet": 5,
+        "OptG": 4,
+        "DNW": 22,
+        "SRSTE": 22,
+        "TopKAST": 22,
+        "DPF": 6,
+        "EdgePopup": 4,
+        "MovementPruning": 5,
     }  # the others: by epoch
     assert result.changes == updates.get(name, 2)
 

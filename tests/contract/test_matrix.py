@@ -1,4 +1,4 @@
-"""Every way of stepping: the full matrix for RigL, SET and GMP, all pairs for the rest.
+"""Every way of stepping: the full matrix for some methods, all pairs for the rest.
 
 The probe inside ``fit`` checks weights and optimizer state after every batch.
 """
@@ -116,7 +116,7 @@ def test_manual(name: str, row: dict[str, Any]) -> None:
         options["precision"] = "bf16-mixed"
     # Lightning cannot know how often manual optimization steps, so windows are in steps
     window: dict[str, Any] = {"at": 3} if name == "Magnitude" else {}
-    if name in ("RigL", "SRigL", "ACDC", "NeST", "GMP", "GraNet"):
+    if name in ("RigL", "SRigL", "ACDC", "NeST", "GMP", "GraNet", "OptG"):
         window = {"update_end": 6, "update_interval": 2}
     result = fit(
         [METHODS[name](**window)],

@@ -149,8 +149,11 @@ class LotteryTicket(MaskCallback):
                 f"Trainer(max_epochs={needed}), not {trainer.max_epochs}."
             )
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_masks_ready(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, keeper: MaskKeeper
+    ) -> None:
         """Remember where to rewind to, if that is the start."""
+        super().on_masks_ready(trainer, pl_module, keeper)
         self._remember(trainer, pl_module)
 
     def on_train_batch_end(

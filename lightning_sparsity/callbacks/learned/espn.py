@@ -38,7 +38,6 @@ class _ESPN(LearnedMask):
 
     trained: ClassVar[Sequence[str]] = ("factor",)
     derived: ClassVar[bool] = True
-    stochastic: ClassVar[bool] = True  # validation sees the weights without the small factors
 
     def __init__(
         self,
@@ -117,6 +116,11 @@ class _ESPN(LearnedMask):
     def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         """SGD with momentum and no weight decay, at the rate of the weights."""
         return SGD(groups, lr=0.0, momentum=_MOMENTUM)
+
+    def figures(self, layer: Layer) -> Mapping[str, float]:
+        """The share of the factors above epsilon, which ends the joint training."""
+        above = float((layer.slots["factor"] > self.epsilon).float().mean())
+        return {**super().figures(layer), "above_epsilon": above}
 
     # --------------------------------------------------------------------- the budget
 

@@ -38,10 +38,10 @@ class OptG(LearnedMask):
     Pruned weights keep their values: weight decay and momentum still move them, the loss does
     not, and they may come back. Masks that an earlier callback made are never left.
 
-    Departures from the authors' program: epochs count from 0 as there; the density is exact,
-    where the program keeps ties; the last epoch has the density asked for (Eq. 16 alone ends
-    below it in short trainings); ``alpha=1`` is what its published settings give, 0.5 what the
-    paper says.
+    Departures from the authors' program: epochs count from 0 as there, and the first is dense;
+    the density is exact, where the program keeps ties; the last epoch has the density asked
+    for (Eq. 16 alone ends below it in short trainings); ``alpha=1`` is what its published
+    settings give, 0.5 what the paper says.
 
     Args:
         density: Live share of all sparse weights in the last epoch, in (0, 1].
@@ -51,8 +51,9 @@ class OptG(LearnedMask):
         distribution: How the density is split over layers, or densities by name pattern;
             default: all scores are ranked together.
         update_interval: "epoch", ``epochs(n)`` or optimizer steps between masks.
-        update_start: First step (int) or fraction of training (float); before it weights are
-            dense and scores not trained.
+        update_start: First step (int) or fraction of training (float); before it scores are
+            not trained. From 0 or not, Eq. 16 goes from its first to its last epoch in the
+            window.
         update_end: Last change of the mask, from which on the weights are trained as they are;
             None: the start of the last epoch.
         include: Which parameters are sparse: names, patterns, module types, callables.
