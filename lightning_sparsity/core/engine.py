@@ -51,6 +51,7 @@ class Engine:
             optimizer is about to step.
         is_manual: Whether the user steps the optimizers, so that :meth:`before_step` may not
             be called.
+        averages: Gives the running averages of the model's weights, by plain name.
 
     Attributes:
         masks: The masks.
@@ -73,6 +74,7 @@ class Engine:
         modules: Sequence[nn.Module] = (),
         loss_scale: Callable[[Optimizer], float] = lambda optimizer: 1.0,
         is_manual: bool = False,
+        averages: Callable[[], Sequence[Mapping[str, Tensor]]] = tuple,
     ) -> None:
         self.masks = Masks(parameters)
         self.has_begun = False
@@ -89,6 +91,7 @@ class Engine:
         self._trusted = trusted
         self._warn = warn
         self._loss_scale = loss_scale
+        self._averages = averages
         self._learners = {
             a.key: Learner(a.method, modules, partial(self._draw, a.key, a.method.seed))
             for a in assignments
@@ -479,6 +482,8 @@ class Engine:
         if learner is None or run.share is None:
             return
         baked = learner.method.bake(self._layers(run), run.share)
+        for averages in self._averages():
+            learner.bake_averages({n: averages[n] for n in run.names if n in averages})
         learner.hand_back(run.names)
         self.masks.commit(baked, self._optimizers())
         self.masks.enforce(self._named(run.names), run.owner.optimizer)

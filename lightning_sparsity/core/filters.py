@@ -143,9 +143,12 @@ def select(
     dropped = {id(c) for c in _matches(pool, exclude, "exclude")}
     left = [c for c in chosen if id(c) not in dropped]
     if not left:
+        still = [c for c in pool if linear_and_conv(c) and not c.parameter.requires_grad]
+        frozen = f" Without a gradient, and passed over: {_names(still)}." if still else ""
         raise ValueError(
             f"include={call_of(include)}, exclude={call_of(exclude)} leaves no parameter of the "
             f"model; linear and convolutional weights are {_names(filter(linear_and_conv, pool))}."
+            f"{frozen}"
         )
     return left
 

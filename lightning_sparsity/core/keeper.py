@@ -90,6 +90,7 @@ class MaskKeeper(Callback):
             modules=list(pl_module.modules()),
             loss_scale=partial(_loss_scale, trainer),
             is_manual=not pl_module.automatic_optimization,
+            averages=partial(_averages, trainer),
         )
         if self._restored:
             self._engine.compare(self._restored)

@@ -285,6 +285,13 @@ class Learner:
         layer = dataclasses.replace(kept.layer(fresh=False), weight=latent)
         return _off_barred(self.method.evaluated(layer), kept.slots).to(weight)
 
+    @torch.no_grad()
+    def bake_averages(self, averages: Mapping[str, Tensor]) -> None:
+        """Turn averages of latent weights into those of what the parameters will be."""
+        for name, average in averages.items():
+            if name in self.active:
+                average.copy_(self.evaluated(name, average))
+
     # --------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:

@@ -152,6 +152,10 @@ SINGLE_WEIGHTS = [name for name, make in METHODS.items() if make().single_weight
 FULL_MATRIX = ["RigL", "SET", "GMP", "OptG"]
 # Layers compute with effective weights until the window ends, and with their own from then on.
 LEARNED = ["OptG", "DNW", "DPF", "SRSTE", "TopKAST", "EdgePopup", "MovementPruning"]
+# They go on learning to the end of training, unless told otherwise.
+LEARN_TO_THE_END = ["DNW", "DPF", "SRSTE", "TopKAST"]
+# Their papers give weights off the mask a gradient.
+DENSE_GRADIENTS = ["DNW", "DPF", "SRSTE", "TopKAST"]
 LINEAR_ONLY = ["CHT"]
 
 # Methods without a density: what prunes something in 24 steps.
@@ -173,12 +177,12 @@ EMERGENT: dict[str, Callable[..., LearnedMask]] = {
 APART: dict[str, Callable[..., LearnedMask]] = {
     **EMERGENT,
     "ESPNFinetune": lambda **kw: ESPNFinetune(
-        **{"density": 0.3, "alpha": 2.0, "joint_lr": 0.1, "tune_epochs": 2, **kw}
+        **{"density": 0.3, "alpha": 1.2, "joint_lr": 0.1, "tune_epochs": 2, **kw}
     ),
     "ESPNRewind": lambda **kw: ESPNRewind(
         **{
             "density": 0.3,
-            "alpha": 2.0,
+            "alpha": 1.2,
             "joint_lr": 0.1,
             "rewind_to": 0,
             "tune_epochs": 2,

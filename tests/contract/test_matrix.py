@@ -116,7 +116,7 @@ def test_manual(name: str, row: dict[str, Any]) -> None:
         options["precision"] = "bf16-mixed"
     # Lightning cannot know how often manual optimization steps, so windows are in steps
     window: dict[str, Any] = {"at": 3} if name == "Magnitude" else {}
-    if name in ("RigL", "SRigL", "ACDC", "NeST", "GMP", "GraNet", "OptG"):
+    if name in ("RigL", "SRigL", "ACDC", "NeST", "GMP", "GraNet", "OptG", "DPF", "MovementPruning"):
         window = {"update_end": 6, "update_interval": 2}
     result = fit(
         [METHODS[name](**window)],

@@ -194,7 +194,6 @@ def test_scores_that_stay_positive_are_no_callback():
         {"model": lambda: ManualModel()},
         {"model": lambda: ManualModel(raw=True)},
     ],
-    ids=str,
 )
 def test_however_it_is_trained(options):
     options = dict(options)

@@ -219,7 +219,6 @@ def test_pickles():
         {"precision": "bf16-true"},
         {"max_epochs": 1},
     ],
-    ids=str,
 )
 def test_trainer_options(options):
     assert 0 < fit([quick()], **options).live < NUMEL

@@ -156,7 +156,6 @@ def test_one_threshold_per_layer():
         {"precision": "bf16-mixed"},
         {"precision": "bf16-true"},
     ],
-    ids=str,
 )
 def test_trainer_options(options):
     assert 0 < fit([quick()], **options).live < NUMEL

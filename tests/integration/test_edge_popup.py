@@ -268,7 +268,6 @@ def test_pattern():
         {"model": lambda: ManualModel()},
         {"model": lambda: ManualModel(raw=True)},
     ],
-    ids=str,
 )
 def test_however_it_is_trained(options):
     watch = Watch()

@@ -285,7 +285,6 @@ def test_a_pattern_is_for_the_hard_kind():
         {"model": lambda: ManualModel()},
         {"model": lambda: ManualModel(raw=True)},
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("kind", BOTH)
 def test_however_it_is_trained(kind, options):

@@ -84,7 +84,7 @@ def test_slots_follow_observation_and_resume(tmp_path: Path) -> None:
 
 def test_a_missing_slot_says_who_fills_it() -> None:
     layer = Layer("w", torch.ones(2, 2), torch.ones(2, 2, dtype=torch.bool))
-    with pytest.raises(KeyError, match=r"slot\(name='momentum'\).*w has no slot.*observe="):
+    with pytest.raises(KeyError, match=r"slot\(name='momentum'.*w has no slot.*observe="):
         momentum(0.9)(layer)
 
 

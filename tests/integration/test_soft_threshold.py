@@ -199,7 +199,6 @@ def test_thresholds_of_output_units_find_theirs_in_grouped_and_transposed_weight
         {"precision": "bf16-mixed"},
         {"precision": "bf16-true"},
     ],
-    ids=str,
 )
 def test_trainer_options(options):
     assert 0 < fit([quick()], model, **options).live < NUMEL

@@ -319,7 +319,6 @@ def test_patterns(make, pattern):
         {"precision": "bf16-mixed"},
         {"precision": "64-true"},
     ],
-    ids=str,
 )
 def test_ways_to_train(make, options):
     data = None

@@ -225,7 +225,6 @@ def test_masks_of_others_are_never_left():
         {"model": lambda: ManualModel()},
         {"model": lambda: ManualModel(raw=True)},
     ],
-    ids=str,
 )
 def test_however_it_is_trained(options):
     watch = Watch()

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
@@ -87,6 +88,7 @@ class _ESPN(LearnedMask):
         self._tuned_from = 0
         self._snapshot: dict[str, Any] | None = None
         self._model: Callable[[], pl.LightningModule | None] = _nobody
+        self._trainer: Callable[[], pl.Trainer | None] = _nobody
 
     # ------------------------------------------------------------------------- factors
 
@@ -168,7 +170,7 @@ class _ESPN(LearnedMask):
         )
         if self.on_missed == "raise":
             raise MisconfigurationException(message)
-        pl.utilities.rank_zero_warn(f"{message} The largest factors are kept all the same.")
+        rank_zero_warn(f"{message} The largest factors are kept all the same.")
 
     # ------------------------------------------------------------------------- phases
 
@@ -177,9 +179,9 @@ class _ESPN(LearnedMask):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        if self._model() is not pl_module:
+        if self._model() is not pl_module or self._trainer() is not trainer:
             self._forget()
-            self._model = weakref.ref(pl_module)
+            self._model, self._trainer = weakref.ref(pl_module), weakref.ref(trainer)
         epochs = trainer.max_epochs or -1
         dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         needed = self.warmup_epochs + 1 + self.tune_epochs
@@ -189,6 +191,11 @@ class _ESPN(LearnedMask):
                 f"and {self.tune_epochs} after it do not fit into Trainer(max_epochs="
                 f"{trainer.max_epochs}); give at least {needed}. What is left after both is the "
                 "most that the joint training may take; training ends when all is done."
+            )
+        if trainer.max_steps > 0 and not dev_run:
+            raise MisconfigurationException(
+                f"{self._name} divides training into phases of whole epochs, which "
+                f"Trainer(max_steps={trainer.max_steps}) may cut short; leave max_steps out."
             )
         start, end = self.warmup_epochs / epochs, (epochs - self.tune_epochs) / epochs
         self.window = Window("epoch", min(start, 1.0) if start else 0, end if end > 0 else 1.0)
@@ -231,12 +238,16 @@ class _ESPN(LearnedMask):
 
     def _enter(self, phase: Phase, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if phase == "joint":
-            self._snapshot = take(trainer, pl_module)
+            self._snapshot = self._keep(trainer, pl_module)
         else:
             self._tuned_from = trainer.current_epoch
             self._end(trainer, pl_module)
         for optimizer in trainer.optimizers:
             optimizer.state.clear()
+
+    def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """What later phases need of the moment before the joint training: the schedules."""
+        return {"schedulers": take(trainer, pl_module)["schedulers"]}
 
     def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """What happens between the joint training and the last phase."""
@@ -266,6 +277,21 @@ class _ESPN(LearnedMask):
         if self._phase == "tune" and done - self._tuned_from >= self.tune_epochs:
             trainer.should_stop = True
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say that training was stopped before the last phase, as by EarlyStopping."""
+        keeper = MaskKeeper.of(trainer)
+        dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        if self._phase == "tune" or dev_run or keeper is None or keeper.masks is None:
+            return
+        runs = [run for run in keeper.runs if id(run.method) == id(self)]
+        mine = [keeper.masks[name] for run in runs for name in run.names]
+        density = sum(kept.live for kept in mine) / sum(kept.numel for kept in mine)
+        rank_zero_warn(
+            f"{self._name}: training was stopped in the {self._phase} phase, before the last one; "
+            f"the density is {density:.4g}, not {self.density}. Let what stops it (EarlyStopping, "
+            "max_time) begin later."
+        )
+
     # -------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
@@ -284,8 +310,8 @@ class _ESPN(LearnedMask):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles as new: what it goes back to belongs to a model that does not come along."""
-        fresh = {"_phase": "warmup", "_tuned_from": 0, "_snapshot": None, "_model": _nobody}
-        return {**super().__getstate__(), **fresh}
+        fresh = {"_phase": "warmup", "_tuned_from": 0, "_snapshot": None}
+        return {**super().__getstate__(), **fresh, "_model": _nobody, "_trainer": _nobody}
 
     # ------------------------------------------------------------------------- checks
 
@@ -482,9 +508,13 @@ class ESPNRewind(_ESPN):
             seed=seed,
         )
 
+    def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        return take(trainer, pl_module)
+
     def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._snapshot is not None
         put_back(self._snapshot, trainer, pl_module)
+        self._snapshot = None
         keeper = MaskKeeper.of(trainer)
         if keeper is not None and keeper.masks is not None:
             keeper.masks.enforce(keeper.masks)
@@ -494,4 +524,4 @@ class ESPNRewind(_ESPN):
 
 
 def _nobody() -> None:
-    """Stands for a model that is gone."""
+    """Stands for a model or a Trainer that is gone."""
