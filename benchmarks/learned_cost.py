@@ -85,7 +85,7 @@ class Bytes(Callback):
     per_weight = 0.0
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.global_step == trainer.max_steps - 1:
+        if trainer.global_step == trainer.num_training_batches - 1:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 found = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
@@ -107,8 +107,8 @@ def train(make: Callable[[int], Callback] | None, steps: int) -> tuple[float, fl
     batch = (torch.randn(128, 784), torch.randint(10, (128,)))
     clock, memory = Clock(), Bytes()
     trainer = pl.Trainer(
-        max_steps=steps,
         max_epochs=3,
+        limit_train_batches=steps,
         callbacks=[*([make(steps)] if make else []), clock, memory],
         logger=False,
         enable_checkpointing=False,
@@ -117,7 +117,7 @@ def train(make: Callable[[int], Callback] | None, steps: int) -> tuple[float, fl
         accelerator="cpu",
     )
     trainer.fit(Model(net, "sgd"), Repeat(batch, steps))
-    return statistics.median(clock.seconds[3:]), memory.per_weight
+    return statistics.median(clock.seconds[3:steps]), memory.per_weight
 
 
 def main() -> None:

@@ -30,6 +30,19 @@ def slope_of(tensor: Tensor) -> Tensor:
     return tensor - tensor.detach()
 
 
+def sgd(groups: list[dict[str, Any]], momentum: float = 0.9, weight_decay: float = 0.0) -> SGD:
+    """SGD in a single pass over its tensors, on devices that have it.
+
+    Args:
+        groups: Of a private optimizer, one per layer; the learning rate is set in every step.
+        momentum: In [0, 1).
+        weight_decay: At least 0.
+    """
+    devices = {tensor.device.type for group in groups for tensor in group["params"]}
+    single = devices <= {"cpu", "cuda"}
+    return SGD(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=single)
+
+
 class LearnedMask(MaskCallback):
     """A method in whose layers the weights that compute are not the parameters.
 
@@ -136,7 +149,7 @@ class LearnedMask(MaskCallback):
         Args:
             groups: One per layer; :meth:`learning_rate` sets their rates in every step.
         """
-        return SGD(groups, lr=0.0, momentum=0.9)
+        return sgd(groups)
 
     def bake(self, layers: Layers, share: Share) -> Layers:
         """Weights and masks to stay when the method ends: those of validation.

@@ -21,23 +21,30 @@ class EffectiveWeight:
     """What a layer computes with in place of one parameter.
 
     The forward pass reads ``value``; its gradient goes to the parameter as it is. Whoever
-    changes the parameter brings ``value`` up to date; its identity never changes.
+    changes the parameter says so by ``is_stale``.
 
     Args:
         parameter: The latent weight.
+        renew: Writes what training computes with to a tensor.
         evaluate: Gives the weight of validation and files.
+        constant: Whether validation computes with ``value`` too.
 
     Attributes:
-        value: What training computes with, shape of the parameter.
-        constant: Whether validation computes with ``value`` too.
+        is_stale: Whether ``value`` is to be made anew when somebody reads it.
     """
 
     def __init__(
-        self, parameter: nn.Parameter, evaluate: Callable[[], Tensor], constant: bool = True
+        self,
+        parameter: nn.Parameter,
+        renew: Callable[[Tensor], None],
+        evaluate: Callable[[], Tensor],
+        constant: bool = True,
     ) -> None:
         self.parameter = parameter
-        self.value = parameter.detach().clone()
         self.constant = constant
+        self.is_stale = True
+        self._value = parameter.detach().clone()
+        self._renew = renew
         self._evaluate = evaluate
         self._places: list[tuple[nn.Module, str]] = []
         self._copy: weakref.ref[nn.Parameter] | None = None
@@ -78,6 +85,14 @@ class EffectiveWeight:
             if not there:
                 del vars(module)[_PLACE]
         self._places = []
+
+    @property
+    def value(self) -> Tensor:
+        """What training computes with, shape of the parameter. Its identity never changes."""
+        if self.is_stale:
+            self.is_stale = False
+            self._renew(self._value)
+        return self._value
 
     def evaluated(self) -> Tensor:
         """The weight of validation and files, detached."""

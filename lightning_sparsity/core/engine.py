@@ -309,18 +309,18 @@ class Engine:
         """Set weights and optimizer state to zero off the masks."""
         for owner in self.owners:
             self.masks.enforce(owner.stepping, owner.optimizer)
-        self._refresh(self.masks)
+        self._outdate(self.masks)
 
     def enforce_weights(self) -> None:
         """Set weights to zero off the masks, whoever wrote them."""
         self.masks.enforce(self.masks)
-        self._refresh(self.masks)
+        self._outdate(self.masks)
 
-    def _refresh(self, parameters: Iterable[SparseParameter]) -> None:
-        """Bring what layers compute with up to date with their latent weights."""
+    def _outdate(self, parameters: Iterable[SparseParameter]) -> None:
+        """What layers compute with is to be made anew from their latent weights."""
         names = [kept.name for kept in parameters]
         for learner in self._learners.values():
-            learner.refresh(names)
+            learner.outdate(names)
 
     # ---------------------------------------------------------------------- each batch
 
@@ -369,7 +369,7 @@ class Engine:
     def _undo_foreign_writes(self, owner: Owner) -> None:
         if owner.touched():
             self.masks.enforce(owner.stepping)
-            self._refresh(owner.stepping)
+            self._outdate(owner.stepping)
             owner.remember()
 
     # ----------------------------------------------------------------------- each step
@@ -414,7 +414,7 @@ class Engine:
         """Mask what the step wrote, then run the updates that are due."""
         owner = self._owner(optimizer)
         if owner is not None and not self._in_batch:  # a search for a learning rate, say
-            self._refresh(owner.stepping)
+            self._outdate(owner.stepping)
         if owner is None or not self._in_batch or not owner.stepped():
             return
         if not owner.masked:  # a raw optimizer: its gradients are still dense
@@ -432,7 +432,7 @@ class Engine:
             if run in active:
                 self._forget_slots(run)
         self._take_over(owner)
-        self._refresh(owner.stepping)
+        self._outdate(owner.stepping)
         owner.forget()
         owner.remember()
         if any(kept.effective is not None for kept in owner.stepping):

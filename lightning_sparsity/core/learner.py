@@ -134,8 +134,12 @@ class Learner:
     def start(self, parameters: Iterable[SparseParameter]) -> None:
         """As :meth:`begin`, with slots that have settled."""
         for kept in parameters:
-            evaluate = partial(self._evaluated, kept)
-            effective = EffectiveWeight(kept.parameter, evaluate, not self.method.evaluates_apart)
+            effective = EffectiveWeight(
+                kept.parameter,
+                renew=partial(self._renew, kept),
+                evaluate=partial(self._evaluated, kept),
+                constant=not self.method.evaluates_apart,
+            )
             effective.install(self._modules)
             in_place = self.method.role == "reparametrization"
             own = self.method.derived and not in_place
@@ -144,7 +148,6 @@ class Learner:
             self.active[kept.name] = kept
             if self.method.trained:
                 self._train([kept.slots[slot] for slot in self.method.trained], kept.name)
-        self.refresh(self.active)
 
     def _train(self, tensors: list[Tensor], name: str) -> None:
         group: dict[str, Any] = {"params": tensors, "name": name}
@@ -157,7 +160,7 @@ class Learner:
     def hand_back(self, names: Iterable[str]) -> None:
         """Leave the weights of validation in the parameters, and the layers as they were."""
         names = [name for name in names if name in self.active]
-        self.refresh(names)
+        self.outdate(names)
         for name in names:
             kept = self.active.pop(name)
             assert kept.effective is not None
@@ -203,7 +206,9 @@ class Learner:
             }
             if "weight" in found:
                 weight = found["weight"]
-                kept.parameter.grad = None if weight is None else grad.copy_(weight * scale)
+                kept.parameter.grad = (
+                    None if weight is None else grad.copy_(weight if scale == 1 else weight * scale)
+                )
             still = self.method.frozen(layer)
             if still is not None:
                 self._held[kept.name] = (still, kept.parameter.detach().clone())
@@ -247,18 +252,21 @@ class Learner:
             self._pending.pop(kept.name, None)
             self._held.pop(kept.name, None)
 
-    def refresh(self, names: Iterable[str]) -> None:
-        """Make effective weights anew, after latent weights, slots or masks changed."""
+    def outdate(self, names: Iterable[str]) -> None:
+        """Latent weights, slots or masks changed: effective weights are to be made anew."""
         for name in names:
             kept = self.active.get(name)
             if kept is not None and kept.effective is not None:
                 kept.outdate()
-                if self.method.derived:
-                    with torch.no_grad():
-                        made = self.method.effective(kept.layer(fresh=False))
-                        kept.effective.value.copy_(_off_barred(made, kept.slots))
-                else:
-                    gated(kept.parameter, kept.gate, out=kept.effective.value)
+                kept.effective.is_stale = True
+
+    @torch.no_grad()
+    def _renew(self, kept: SparseParameter, value: Tensor) -> None:
+        if self.method.derived:
+            made = self.method.effective(kept.layer(fresh=False))
+            value.copy_(_off_barred(made, kept.slots))
+        else:
+            gated(kept.parameter, kept.gate, out=value)
 
     def _settle(self, kept: SparseParameter, step: int, progress: float) -> None:
         layer = kept.layer(generator=self._draw(kept.name, step), fresh=False)
@@ -322,7 +330,7 @@ class Learner:
             if self.method.derived:  # the same but for rounding, on another device
                 known = torch.isclose(weight, kept.weight, rtol=1e-3)
             kept.parameter.copy_(torch.where(known, kept.parameter, weight))
-        self.refresh(self.active)
+        self.outdate(self.active)
         if self._optimizer is not None:
             self._optimizer.load_state_dict(state["optimizer"])
 

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
-from lightning_sparsity.callbacks.learned_mask import LearnedMask, stay
+from lightning_sparsity.callbacks.learned_mask import LearnedMask, sgd, stay
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Layer
 from lightning_sparsity.distributions import uniform
@@ -181,7 +181,7 @@ class ContinuousSparsification(LearnedMask):
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         """SGD with momentum, without weight decay."""
-        return SGD(groups, lr=0.0, momentum=self.momentum)
+        return sgd(groups, momentum=self.momentum)
 
     def _check_rounds(self, value: object) -> None:
         if isinstance(value, bool) or not isinstance(value, int):

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
-from lightning_sparsity.callbacks.learned_mask import LearnedMask, stay
+from lightning_sparsity.callbacks.learned_mask import LearnedMask, sgd, stay
 from lightning_sparsity.callbacks.thresholds import (
     Granularity,
     check_granularity,
@@ -137,7 +137,7 @@ class DynamicThresholds(LearnedMask):
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         """SGD with momentum; weight decay is a penalty here."""
-        return SGD(groups, lr=0.0, momentum=self.momentum)
+        return sgd(groups, momentum=self.momentum)
 
     def _above(self, layer: Layer) -> Tensor:
         return layer.weight.abs() - spread(layer.slots["threshold"], layer)

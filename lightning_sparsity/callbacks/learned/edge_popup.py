@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
-from lightning_sparsity.callbacks.learned_mask import LearnedMask
+from lightning_sparsity.callbacks.learned_mask import LearnedMask, sgd
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Distribution, Layer, Rule, Verb
 from lightning_sparsity.core.window import Interval
@@ -130,4 +130,4 @@ class EdgePopup(LearnedMask):
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         """SGD with momentum and weight decay."""
-        return SGD(groups, lr=0.0, momentum=self.momentum, weight_decay=self.weight_decay)
+        return sgd(groups, momentum=self.momentum, weight_decay=self.weight_decay)

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from lightning_sparsity.callbacks.learned_mask import LearnedMask, stay
+from lightning_sparsity.callbacks.learned_mask import LearnedMask, sgd, stay
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.keeper import MaskKeeper
 from lightning_sparsity.core.layer import Distribution, Layer, Layers
@@ -117,7 +117,7 @@ class _ESPN(LearnedMask):
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         """SGD with momentum and no weight decay, at the rate of the weights."""
-        return SGD(groups, lr=0.0, momentum=_MOMENTUM)
+        return sgd(groups, momentum=_MOMENTUM)
 
     def figures(self, layer: Layer) -> Mapping[str, float]:
         """The share of the factors above epsilon, which ends the joint training."""

@@ -10,9 +10,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
-from lightning_sparsity.callbacks.learned_mask import LearnedMask
+from lightning_sparsity.callbacks.learned_mask import LearnedMask, sgd
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Distribution, Layer, Schedule
 from lightning_sparsity.core.window import Interval, Window
@@ -171,7 +171,7 @@ class OptG(LearnedMask):
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         """SGD with momentum, without weight decay."""
-        return SGD(groups, lr=0.0, momentum=self.momentum)
+        return sgd(groups, momentum=self.momentum)
 
     # --------------------------------------------------------------------------- checks
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
-from lightning_sparsity.callbacks.learned_mask import LearnedMask, stay
+from lightning_sparsity.callbacks.learned_mask import LearnedMask, sgd, stay
 from lightning_sparsity.callbacks.thresholds import (
     Granularity,
     check_granularity,
@@ -135,7 +135,7 @@ class STR(LearnedMask):
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         """SGD with momentum; weight decay is a penalty here."""
-        return SGD(groups, lr=0.0, momentum=self.momentum)
+        return sgd(groups, momentum=self.momentum)
 
     def _decay(self, layer: Layer) -> float:
         return (layer.weight_decay or 0.0) if self.weight_decay is None else self.weight_decay

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
-from lightning_sparsity.callbacks.learned_mask import LearnedMask, slope_of, stay
+from lightning_sparsity.callbacks.learned_mask import LearnedMask, sgd, slope_of, stay
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Layer, Layers, Rule, Verb
 from lightning_sparsity.core.method import Share
@@ -157,4 +157,4 @@ class Supermask(LearnedMask):
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         """SGD with momentum, without weight decay."""
-        return SGD(groups, lr=0.0, momentum=self.momentum)
+        return sgd(groups, momentum=self.momentum)
