@@ -169,10 +169,10 @@ def test_validation_is_without_small_factors() -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"alpha": 0}, r"alpha=0\): must be finite and above 0"),
-        ({"alpha": "1"}, r"alpha='1'\): must be a number"),
+        ({"alpha": 0}, r"alpha=0\): alpha must be above 0"),
+        ({"alpha": "1"}, r"alpha='1'\): alpha must be a number"),
         ({"epsilon": -1}, r"epsilon=-1\): epsilon must lie in \[0, 1\]"),
-        ({"joint_lr": float("nan")}, r"joint_lr=nan\): must be finite and above 0"),
+        ({"joint_lr": float("nan")}, r"joint_lr=nan\): joint_lr must be above 0"),
         ({"tune_epochs": 0}, r"tune_epochs=0\): must be at least 1"),
         ({"tune_epochs": 1.5}, r"tune_epochs=1.5\): must be an int >= 1"),
         ({"on_missed": "stop"}, r'on_missed=\'stop\'\): must be "raise" or "warn"'),

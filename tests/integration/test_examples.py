@@ -96,6 +96,15 @@ def test_mnist(run: Run, digits: Path, capsys: pytest.CaptureFixture[str], metho
     assert 0.9 * budget < live <= budget  # some weights that grew had no gradient yet
 
 
+@pytest.mark.filterwarnings("ignore:GMP goes to its density in a single update")
+@pytest.mark.filterwarnings(r"ignore:[\s\S]*factors are above epsilon")
+def test_learned_masks(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("learned_masks.py", "--density", 0.1, "--epochs", 4, "--output", tmp_path)
+    printed = capsys.readouterr().out
+    assert printed.count("8448 live weights (0.1000)") == 4
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 5
+
+
 @EXISTS
 def test_mnist_resumes(run: Run, digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("mnist_rigl.py", "--data-dir", digits, "--method", "static")

@@ -56,11 +56,11 @@ class _ESPN(LearnedMask):
         structure: Structure | None,
         seed: int | None,
     ) -> None:
-        self._check_positive("alpha", alpha)
+        self._check_number("alpha", alpha, 0, inside=True)
         self._check("epsilon", epsilon)
         self._check_epochs("tune_epochs", tune_epochs, least=1)
         if joint_lr is not None:
-            self._check_positive("joint_lr", joint_lr)
+            self._check_number("joint_lr", joint_lr, 0, inside=True)
         if on_missed not in ("raise", "warn"):
             raise ValueError(f'{self._name}(on_missed={on_missed!r}): must be "raise" or "warn".')
         self.alpha = alpha
@@ -315,12 +315,6 @@ class _ESPN(LearnedMask):
 
     # ------------------------------------------------------------------------- checks
 
-    def _check_positive(self, name: str, value: object) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{self._name}({name}={value!r}): must be a number above 0.")
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{self._name}({name}={value!r}): must be finite and above 0.")
-
     def _check_epochs(self, name: str, value: object, least: int = 0) -> None:
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{self._name}({name}={value!r}): must be an int >= {least}.")
@@ -405,7 +399,7 @@ class ESPNFinetune(_ESPN):
         self._check_epochs("tune_lr_step", tune_lr_step, least=1)
         self._check("tune_weight_decay", tune_weight_decay)
         if tune_lr is not None:
-            self._check_positive("tune_lr", tune_lr)
+            self._check_number("tune_lr", tune_lr, 0, inside=True)
         self.tune_lr = tune_lr
         self.tune_weight_decay = tune_weight_decay
         self.tune_lr_step = tune_lr_step

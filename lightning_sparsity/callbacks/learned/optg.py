@@ -88,9 +88,7 @@ class OptG(LearnedMask):
         seed: int | None = None,
     ) -> None:
         self._check_alpha(alpha)
-        self._check("momentum", momentum)
-        if momentum == 1:
-            raise ValueError(f"OptG(momentum={momentum!r}): must be below 1; 0.9 is the paper's.")
+        self._check_momentum(momentum)
         self.alpha = alpha
         self.momentum = momentum
         self.update_end = update_end
