@@ -41,16 +41,19 @@ class Entry:
         make: Gives the callback for a number of steps.
         trained: Floats per weight that it trains beside the weights.
         moments: Floats of optimizer state for each of them.
+        frozen: Whether the weights themselves are not trained, and have no momentum.
     """
 
     make: Callable[[int], Callback]
     trained: int = 0
     moments: int = 1
+    frozen: bool = False
 
     @property
     def least(self) -> float:
         """Bytes per weight: weight, gradient, momentum; what is trained; a bit of mask."""
-        return 12.0 + 4.0 * self.trained * (1 + self.moments) + 1 / 8
+        weights = 8.0 if self.frozen else 12.0
+        return weights + 4.0 * self.trained * (1 + self.moments) + 1 / 8
 
 
 METHODS: dict[str, Entry] = {
@@ -68,8 +71,8 @@ METHODS: dict[str, Entry] = {
     "TopKAST, sets every step": Entry(lambda steps: ls.TopKAST(0.1)),
     "TopKAST, sets every 100 steps": Entry(lambda steps: ls.TopKAST(0.1, update_interval=100)),
     "SRSTE, mask every step": Entry(lambda steps: ls.SRSTE(exclude=())),
-    "EdgePopup, mask every step": Entry(lambda steps: ls.EdgePopup(0.1), 1),
-    "Supermask": Entry(lambda steps: ls.Supermask(), 1),
+    "EdgePopup, mask every step": Entry(lambda steps: ls.EdgePopup(0.1), 1, frozen=True),
+    "Supermask": Entry(lambda steps: ls.Supermask(), 1, frozen=True),
     "MovementPruning, mask every step": Entry(lambda steps: ls.MovementPruning(0.1), 1, 2),
     "SoftMovementPruning": Entry(lambda steps: ls.SoftMovementPruning(), 1, 2),
     "L0": Entry(lambda steps: ls.L0(0.1, examples=60000), 1, 2),
