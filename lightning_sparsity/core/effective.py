@@ -21,7 +21,8 @@ class EffectiveWeight:
     """What a layer computes with in place of one parameter.
 
     The forward pass reads ``value``; its gradient goes to the parameter as it is. Whoever
-    changes the parameter says so by ``is_stale``.
+    changes the parameter says so by ``is_stale``, and reads ``value`` before a compiled forward
+    pass, which does not look there.
 
     Args:
         parameter: The latent weight.
@@ -109,9 +110,10 @@ class EffectiveWeight:
 
     def seen(self, training: bool) -> Tensor:
         """What the layer computes with; its gradient goes to the parameter."""
-        value = self.value if training or self.constant else self._evaluate()
         if torch.compiler.is_compiling():  # the same in arithmetic, which needs no warning
+            value = self._value if training or self.constant else self._evaluate()
             return value + (self.parameter - self.parameter.detach())
+        value = self.value if training or self.constant else self._evaluate()
         through: Tensor = _Through.apply(self.parameter, value)  # type: ignore[no-untyped-call]
         return through
 

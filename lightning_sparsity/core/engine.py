@@ -315,12 +315,17 @@ class Engine:
         """Set weights to zero off the masks, whoever wrote them."""
         self.masks.enforce(self.masks)
         self._outdate(self.masks)
+        self._renew()
 
     def _outdate(self, parameters: Iterable[SparseParameter]) -> None:
         """What layers compute with is to be made anew from their latent weights."""
         names = [kept.name for kept in parameters]
         for learner in self._learners.values():
             learner.outdate(names)
+
+    def _renew(self) -> None:
+        for learner in self._learners.values():
+            learner.renew()
 
     # ---------------------------------------------------------------------- each batch
 
@@ -338,6 +343,7 @@ class Engine:
         self.follow_optimizers()
         for owner in self.owners:
             self._undo_foreign_writes(owner)
+        self._renew()
         self._capture()
 
     def _capture(self) -> None:
@@ -433,6 +439,8 @@ class Engine:
                 self._forget_slots(run)
         self._take_over(owner)
         self._outdate(owner.stepping)
+        if self._watches_steps:  # the next forward pass may come in the same batch
+            self._renew()
         owner.forget()
         owner.remember()
         if any(kept.effective is not None for kept in owner.stepping):

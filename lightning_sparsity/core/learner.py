@@ -260,6 +260,11 @@ class Learner:
                 kept.outdate()
                 kept.effective.is_stale = True
 
+    def renew(self) -> None:
+        """Make the effective weights anew that are outdated, before somebody computes with them."""
+        for kept in self.active.values():
+            _ = kept.computed
+
     @torch.no_grad()
     def _renew(self, kept: SparseParameter, value: Tensor) -> None:
         if self.method.derived:
