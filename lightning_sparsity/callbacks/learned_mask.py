@@ -13,6 +13,7 @@ from torch.optim import SGD, Optimizer
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.layer import Budget, Layer, Layers
 from lightning_sparsity.core.method import Share
+from lightning_sparsity.distributions import uniform
 from lightning_sparsity.scores import without_gradient
 
 
@@ -28,6 +29,16 @@ def slope_of(tensor: Tensor) -> Tensor:
     ``mask + slope_of(score)`` is the mask, and hands its gradient on to the score.
     """
     return tensor - tensor.detach()
+
+
+EMERGENT: dict[str, Any] = {
+    "density": None,
+    "default_distribution": uniform,
+    "initial": stay,
+    "update": stay,
+    "update_interval": "epoch",
+}
+"""Arguments of :class:`LearnedMask` for methods whose density nobody sets."""
 
 
 def sgd(groups: list[dict[str, Any]], momentum: float = 0.9, weight_decay: float = 0.0) -> SGD:

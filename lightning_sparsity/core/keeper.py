@@ -40,7 +40,7 @@ class MaskKeeper(Callback):
         self._engine: Engine | None = None
         self._restored: dict[str, Any] = {}
         self._rng_is_due = False
-        self._model: Callable[[], pl.LightningModule | None] = _nobody
+        self._model: Callable[[], pl.LightningModule | None] = nobody
         self._changes = 0
         self._warned: set[str] = set()
 
@@ -266,7 +266,7 @@ class MaskKeeper(Callback):
             rank_zero_warn(message)
 
 
-def _nobody() -> None:
+def nobody() -> None:
     """Stands for a model that is gone."""
 
 

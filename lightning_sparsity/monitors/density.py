@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_sparsity import reports
 from lightning_sparsity.callbacks.base import SparsityCallback
 from lightning_sparsity.connectivity import CollapseError
-from lightning_sparsity.core.keeper import MaskKeeper
+from lightning_sparsity.core.keeper import MaskKeeper, nobody
 from lightning_sparsity.monitors import tensorboard
 from lightning_sparsity.monitors.watch import Watch
 
@@ -109,7 +109,7 @@ class DensityMonitor(SparsityCallback):
         self.connectivity = connectivity
         self.on_collapse = on_collapse
         self._restored: dict[str, Any] = {}
-        self._model: Callable[[], pl.LightningModule | None] = _nobody
+        self._model: Callable[[], pl.LightningModule | None] = nobody
         self._watch: Watch | None = None
         self._logged = True
         self._drawn = -1
@@ -309,12 +309,8 @@ class DensityMonitor(SparsityCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles without the model."""
-        state = {**super().__getstate__(), "_model": _nobody, "_watch": None}
+        state = {**super().__getstate__(), "_model": nobody, "_watch": None}
         return {**state, "_restored": self.state_dict()}
-
-
-def _nobody() -> None:
-    """Stands for a model that is gone."""
 
 
 def _step(trainer: pl.Trainer) -> int:

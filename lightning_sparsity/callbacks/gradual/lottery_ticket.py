@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
-from lightning_sparsity.core.keeper import MaskKeeper
+from lightning_sparsity.core.keeper import MaskKeeper, nobody
 from lightning_sparsity.core.layer import Distribution, Layers
 from lightning_sparsity.core.method import Share
 from lightning_sparsity.core.snapshot import put_back, take
@@ -111,7 +111,7 @@ class LotteryTicket(MaskCallback):
     def _forget(self) -> None:
         self._begun = 0
         self._snapshot: dict[str, Any] | None = None
-        self._model: Callable[[], pl.LightningModule | None] = _nobody
+        self._model: Callable[[], pl.LightningModule | None] = nobody
 
     # ------------------------------------------------------------------------ pruning
 
@@ -201,7 +201,7 @@ class LotteryTicket(MaskCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles as new: where it rewinds to belongs to a model that does not come along."""
-        fresh = {"_begun": 0, "_snapshot": None, "_model": _nobody}
+        fresh = {"_begun": 0, "_snapshot": None, "_model": nobody}
         return {**super().__getstate__(), **fresh}
 
     # ------------------------------------------------------------------------- checks
@@ -218,7 +218,3 @@ class LotteryTicket(MaskCallback):
             raise TypeError(f"LotteryTicket(rewind_to={value!r}): must be {allowed}.")
         if not (value >= 0 if isinstance(value, int) else 0 <= value < 1):
             raise ValueError(f"LotteryTicket(rewind_to={value!r}): must be {allowed}.")
-
-
-def _nobody() -> None:
-    """Stands for a model that is gone."""

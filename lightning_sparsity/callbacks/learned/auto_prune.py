@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.nn.functional import leaky_relu, softplus
 from torch.optim import Optimizer
 
-from lightning_sparsity.callbacks.learned_mask import LearnedMask, sgd, slope_of, stay
+from lightning_sparsity.callbacks.learned_mask import EMERGENT, LearnedMask, sgd, slope_of
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Layer
-from lightning_sparsity.distributions import uniform
 
 _SURROGATES = {"leaky_relu": leaky_relu, "softplus": softplus}
 
@@ -105,11 +104,7 @@ class AutoPrune(LearnedMask):
         self.lr_scale = lr_scale
         self.momentum = momentum
         super().__init__(
-            density=None,
-            default_distribution=uniform,
-            initial=stay,
-            update=stay,
-            update_interval="epoch",
+            **EMERGENT,
             update_start=update_start,
             update_end=update_end,
             include=include,

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sparsity.callbacks.learned_mask import LearnedMask, sgd, stay
+from lightning_sparsity.callbacks.learned_mask import EMERGENT, LearnedMask, sgd
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Layer
-from lightning_sparsity.distributions import uniform
 
 
 class ContinuousSparsification(LearnedMask):
@@ -98,11 +97,7 @@ class ContinuousSparsification(LearnedMask):
         self.momentum = momentum
         self._epochs = 0
         super().__init__(
-            density=None,
-            default_distribution=uniform,
-            initial=stay,
-            update=stay,
-            update_interval="epoch",
+            **EMERGENT,
             update_start=update_start,
             update_end=update_end,
             include=include,

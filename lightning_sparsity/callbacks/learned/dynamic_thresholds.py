@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sparsity.callbacks.learned_mask import LearnedMask, sgd, stay
+from lightning_sparsity.callbacks.learned_mask import EMERGENT, LearnedMask, sgd
 from lightning_sparsity.callbacks.thresholds import (
     Granularity,
     check_granularity,
@@ -18,7 +18,6 @@ from lightning_sparsity.callbacks.thresholds import (
 )
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Layer
-from lightning_sparsity.distributions import uniform
 
 EMPTY = 0.01
 """A layer that keeps no more than this share of its weights gets its thresholds back to 0."""
@@ -98,11 +97,7 @@ class DynamicThresholds(LearnedMask):
         self.weight_decay = weight_decay
         self.momentum = momentum
         super().__init__(
-            density=None,
-            default_distribution=uniform,
-            initial=stay,
-            update=stay,
-            update_interval="epoch",
+            **EMERGENT,
             update_start=update_start,
             update_end=update_end,
             include=include,

@@ -17,7 +17,7 @@ from torch.optim import SGD, Optimizer
 
 from lightning_sparsity.callbacks.learned_mask import LearnedMask, sgd, stay
 from lightning_sparsity.core.filters import Selection, linear_and_conv
-from lightning_sparsity.core.keeper import MaskKeeper
+from lightning_sparsity.core.keeper import MaskKeeper, nobody
 from lightning_sparsity.core.layer import Distribution, Layer, Layers
 from lightning_sparsity.core.method import Share
 from lightning_sparsity.core.snapshot import put_back, take
@@ -87,8 +87,8 @@ class _ESPN(LearnedMask):
         self._phase: Phase = "warmup"
         self._tuned_from = 0
         self._snapshot: dict[str, Any] | None = None
-        self._model: Callable[[], pl.LightningModule | None] = _nobody
-        self._trainer: Callable[[], pl.Trainer | None] = _nobody
+        self._model: Callable[[], pl.LightningModule | None] = nobody
+        self._trainer: Callable[[], pl.Trainer | None] = nobody
 
     # ------------------------------------------------------------------------- factors
 
@@ -311,7 +311,7 @@ class _ESPN(LearnedMask):
     def __getstate__(self) -> dict[str, Any]:
         """Pickles as new: what it goes back to belongs to a model that does not come along."""
         fresh = {"_phase": "warmup", "_tuned_from": 0, "_snapshot": None}
-        return {**super().__getstate__(), **fresh, "_model": _nobody, "_trainer": _nobody}
+        return {**super().__getstate__(), **fresh, "_model": nobody, "_trainer": nobody}
 
     # ------------------------------------------------------------------------- checks
 
@@ -515,7 +515,3 @@ class ESPNRewind(_ESPN):
 
     def _options(self, phase: Phase, epoch: int) -> dict[str, Any] | None:
         return super()._options(phase, epoch) if phase == "joint" else None
-
-
-def _nobody() -> None:
-    """Stands for a model or a Trainer that is gone."""

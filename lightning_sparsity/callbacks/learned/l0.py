@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from lightning_sparsity.callbacks.examples import count_examples
-from lightning_sparsity.callbacks.learned_mask import LearnedMask, stay
+from lightning_sparsity.callbacks.learned_mask import EMERGENT, LearnedMask
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Layer
-from lightning_sparsity.distributions import uniform
 from lightning_sparsity.structures import NM, Structure
 
 _TEMPERATURE, _STRETCH = 2 / 3, (-0.1, 1.1)
@@ -128,11 +127,7 @@ class L0(LearnedMask):
         self.examples = examples
         self._n = examples or 1
         super().__init__(
-            density=None,
-            default_distribution=uniform,
-            initial=stay,
-            update=stay,
-            update_interval="epoch",
+            **EMERGENT,
             update_start=update_start,
             update_end=update_end,
             include=include,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from lightning_sparsity.callbacks.learned_mask import LearnedMask, slope_of, stay
+from lightning_sparsity.callbacks.learned_mask import EMERGENT, LearnedMask, slope_of
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Curve, Distribution, Layer, Schedule
 from lightning_sparsity.core.window import Interval
@@ -223,11 +223,7 @@ class SoftMovementPruning(_Movement):
         self.threshold = threshold
         self.min_density = min_density
         super().__init__(
-            density=None,
-            default_distribution=uniform,
-            initial=stay,
-            update=stay,
-            update_interval="epoch",
+            **EMERGENT,
             update_start=update_start,
             update_end=update_end,
             include=include,

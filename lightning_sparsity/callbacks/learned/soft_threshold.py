@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sparsity.callbacks.learned_mask import LearnedMask, sgd, stay
+from lightning_sparsity.callbacks.learned_mask import EMERGENT, LearnedMask, sgd
 from lightning_sparsity.callbacks.thresholds import (
     Granularity,
     check_granularity,
@@ -18,7 +18,6 @@ from lightning_sparsity.callbacks.thresholds import (
 )
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Layer, Layers
-from lightning_sparsity.distributions import uniform
 
 
 class STR(LearnedMask):
@@ -93,11 +92,7 @@ class STR(LearnedMask):
         self.granularity = granularity
         self.momentum = momentum
         super().__init__(
-            density=None,
-            default_distribution=uniform,
-            initial=stay,
-            update=stay,
-            update_interval="epoch",
+            **EMERGENT,
             update_start=update_start,
             update_end=update_end,
             include=include,

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sparsity.callbacks.learned_mask import LearnedMask, sgd, slope_of, stay
+from lightning_sparsity.callbacks.learned_mask import EMERGENT, LearnedMask, sgd, slope_of
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Layer, Layers, Rule, Verb
 from lightning_sparsity.core.method import Share
-from lightning_sparsity.distributions import uniform
 
 
 class Supermask(LearnedMask):
@@ -94,11 +93,7 @@ class Supermask(LearnedMask):
         self.momentum = momentum
         self.weight_init = weight_init
         super().__init__(
-            density=None,
-            default_distribution=uniform,
-            initial=stay,
-            update=stay,
-            update_interval="epoch",
+            **EMERGENT,
             update_start=update_start,
             update_end=update_end,
             include=include,

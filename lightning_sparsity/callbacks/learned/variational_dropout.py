@@ -13,11 +13,10 @@ from torch.nn.functional import softplus
 from torch.optim import Adam, Optimizer
 
 from lightning_sparsity.callbacks.examples import count_examples
-from lightning_sparsity.callbacks.learned_mask import LearnedMask, stay
+from lightning_sparsity.callbacks.learned_mask import EMERGENT, LearnedMask
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Layer
 from lightning_sparsity.core.window import is_time
-from lightning_sparsity.distributions import uniform
 from lightning_sparsity.structures import Structure
 
 _K1, _K2, _K3 = 0.63576, 1.87320, 1.48695
@@ -113,11 +112,7 @@ class VariationalDropout(LearnedMask):
         self.examples = examples
         self._n = examples or 1
         super().__init__(
-            density=None,
-            default_distribution=uniform,
-            initial=stay,
-            update=stay,
-            update_interval="epoch",
+            **EMERGENT,
             update_start=update_start,
             update_end=update_end,
             include=include,
