@@ -14,8 +14,9 @@ from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.keeper import MaskKeeper, nobody
 from lightning_sparsity.core.layer import Distribution, Layers
 from lightning_sparsity.core.method import Share
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.snapshot import put_back, take
-from lightning_sparsity.core.window import epochs
+from lightning_sparsity.core.window import check_moment, epochs
 from lightning_sparsity.distributions import global_by
 from lightning_sparsity.rules import drop
 from lightning_sparsity.schedules import exponential
@@ -83,14 +84,14 @@ class LotteryTicket(MaskCallback):
     ) -> None:
         self._check_count("rounds", rounds)
         self._check_count("round_epochs", round_epochs)
-        self._check_moment(rewind_to)
+        check_moment(f"LotteryTicket(rewind_to={rewind_to!r})", plain(rewind_to))
         if treatment not in _TREATMENTS:
             raise ValueError(
                 f"LotteryTicket(treatment={treatment!r}): must be one of {', '.join(_TREATMENTS)}."
             )
-        self.rounds = rounds
-        self.round_epochs = round_epochs
-        self.rewind_to = rewind_to
+        self.rounds = plain(rounds)
+        self.round_epochs = plain(round_epochs)
+        self.rewind_to = plain(rewind_to)
         self.treatment = treatment
         self._forget()
         super().__init__(
@@ -203,18 +204,3 @@ class LotteryTicket(MaskCallback):
         """Pickles as new: where it rewinds to belongs to a model that does not come along."""
         fresh = {"_begun": 0, "_snapshot": None, "_model": nobody}
         return {**super().__getstate__(), **fresh}
-
-    # ------------------------------------------------------------------------- checks
-
-    def _check_count(self, name: str, value: object) -> None:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"LotteryTicket({name}={value!r}): must be an int >= 1.")
-        if value < 1:
-            raise ValueError(f"LotteryTicket({name}={value!r}): must be at least 1.")
-
-    def _check_moment(self, value: object) -> None:
-        allowed = "an optimizer step (int >= 0) or a fraction of a round (float in [0, 1))"
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"LotteryTicket(rewind_to={value!r}): must be {allowed}.")
-        if not (value >= 0 if isinstance(value, int) else 0 <= value < 1):
-            raise ValueError(f"LotteryTicket(rewind_to={value!r}): must be {allowed}.")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Distribution
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.window import is_time
 from lightning_sparsity.distributions import global_by
 from lightning_sparsity.rules import drop
@@ -55,6 +56,7 @@ class Magnitude(MaskCallback):
         structure: Structure | None = None,
         seed: int | None = None,
     ) -> None:
+        at = plain(at)
         if not is_time(at) or at is True or (isinstance(at, int) and at == 1):
             raise ValueError(
                 f"Magnitude(at={at!r}): must be 0 (before the first step), a larger optimizer step "
