@@ -28,11 +28,15 @@ from lightning_sparsity.callbacks.dynamic.rigl import RigL
 from lightning_sparsity.callbacks.dynamic.set import SET
 from lightning_sparsity.callbacks.dynamic.snfs import SNFS
 from lightning_sparsity.callbacks.dynamic.srigl import SRigL
+from lightning_sparsity.callbacks.gradual.dsd import DSD
 from lightning_sparsity.callbacks.gradual.gmp import GMP
+from lightning_sparsity.callbacks.gradual.gsm import GSM
+from lightning_sparsity.callbacks.gradual.iht import IHT
 from lightning_sparsity.callbacks.gradual.lottery_ticket import LotteryTicket
 from lightning_sparsity.callbacks.gradual.magnitude import Magnitude
 from lightning_sparsity.callbacks.initial.force import FORCE, IterSNIP
 from lightning_sparsity.callbacks.initial.grasp import GraSP
+from lightning_sparsity.callbacks.initial.neural_tangent_transfer import NeuralTangentTransfer
 from lightning_sparsity.callbacks.initial.prospr import ProsPr
 from lightning_sparsity.callbacks.initial.snip import SNIP
 from lightning_sparsity.callbacks.initial.snip_it import SNAPit, SNIPit
@@ -55,6 +59,7 @@ from lightning_sparsity.callbacks.learned.supermask import Supermask
 from lightning_sparsity.callbacks.learned.top_kast import TopKAST
 from lightning_sparsity.callbacks.learned.variational_dropout import VariationalDropout
 from lightning_sparsity.callbacks.learned_mask import LearnedMask
+from lightning_sparsity.callbacks.sparse_compute import SparseCompute
 from lightning_sparsity.core.filters import first_layer, last_layer, linear_and_conv
 from lightning_sparsity.core.window import epochs
 from lightning_sparsity.distributions import (
@@ -72,6 +77,7 @@ from lightning_sparsity.distributions import (
     uniform,
     uniform_plus,
 )
+from lightning_sparsity.export import compress
 from lightning_sparsity.monitors import DensityMonitor
 from lightning_sparsity.schedules import (
     constant,
@@ -98,6 +104,7 @@ __all__ = [
     "ContinuousSparsification",
     "DNW",
     "DPF",
+    "DSD",
     "DSR",
     "DeepR",
     "DensityMonitor",
@@ -108,8 +115,10 @@ __all__ = [
     "FORCE",
     "GMP",
     "GSE",
+    "GSM",
     "GraNet",
     "GraSP",
+    "IHT",
     "IterSNIP",
     "L0",
     "LearnedMask",
@@ -120,6 +129,7 @@ __all__ = [
     "MovementPruning",
     "NM",
     "NeST",
+    "NeuralTangentTransfer",
     "OptG",
     "Powerpropagation",
     "ProsPr",
@@ -140,12 +150,14 @@ __all__ = [
     "SRigL",
     "STR",
     "SoftMovementPruning",
+    "SparseCompute",
     "StaticSparse",
     "Supermask",
     "SynFlow",
     "TopKAST",
     "Unstructured",
     "VariationalDropout",
+    "compress",
     "constant",
     "cosine",
     "cubic",

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lightning_sparsity.core.filters import candidates, linear_and_conv
 from lightning_sparsity.core.layer import Layer
+from lightning_sparsity.core.stand_in import dense_weight
 from lightning_sparsity.structures import Layout
 
 _PLAIN = Layout()
@@ -154,9 +155,10 @@ def layers_of(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> li
     found: list[Layer | None] = []
     last: str | None = None
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.ndim < 2:
-            continue  # works on every unit alone
         candidate = pool[id(parameter)]
+        weight = dense_weight(candidate.module, candidate.name.rpartition(".")[2])
+        if weight.ndim < 2:
+            continue  # works on every unit alone
         tied = len(candidate.aliases) > 1
         if not linear_and_conv(candidate) or tied or not parameter.numel():
             last = None
@@ -165,7 +167,6 @@ def layers_of(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> li
         if found and home != last:
             found.append(None)
         last = home
-        weight = parameter.detach()
         if masks is None:
             mask = weight != 0
         else:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from lightning_sparsity.core.apportion import apportion, check_total, fill
 from lightning_sparsity.core.layer import Distribution, Layer, Layers, Score, call_of
+from lightning_sparsity.core.numbers import plain, settle
 from lightning_sparsity.ops.selection import top_k_counts
 from lightning_sparsity.scores import needs_gradient, without_gradient
 
@@ -121,6 +122,7 @@ class erk_power:
     needs_gradient: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        settle(self, "power")
         if not _is_number(self.power) or not 0 <= self.power < math.inf:
             raise ValueError(f"{self}: power must be a finite number >= 0; 1 is erk, 0 is uniform.")
 
@@ -172,8 +174,10 @@ class smart_ratio_with:
     needs_gradient: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        settle(self, "linear")
         if not _is_number(self.linear) or not 0 < self.linear <= 1:
             raise ValueError(f"{self}: linear must be a density in (0, 1]; the authors' is 0.3.")
+        _check_flag(self, "vgg", self.vgg)
 
     def __call__(self, layers: Layers, total: int) -> list[int]:
         """Live units per layer."""
@@ -228,6 +232,7 @@ class epsilon:
     fixes_total: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        settle(self, "value")
         if not _is_number(self.value) or not 0 < self.value < math.inf:
             raise ValueError(
                 f"{self}: value must be a finite number above 0, such as epsilon(20); it is "
@@ -305,13 +310,14 @@ class global_by:
     min_per_layer: int = 1
 
     def __post_init__(self) -> None:
-        if not callable(self.score):
+        settle(self, "min_per_layer")
+        if not _is_function(self.score):
             raise TypeError(f"{self}: score must be a function of a layer, such as magnitude.")
         if type(self.min_per_layer) is not int or self.min_per_layer < 0:
             raise ValueError(f"{self}: min_per_layer must be an integer >= 0; the default is 1.")
 
     def __repr__(self) -> str:
-        return f"global_by({call_of(self.score)}, min_per_layer={self.min_per_layer})"
+        return f"global_by({call_of(self.score)}, min_per_layer={self.min_per_layer!r})"
 
     @property
     def needs_gradient(self) -> bool:
@@ -322,14 +328,14 @@ class global_by:
         """Live units per layer."""
         floors = [min(self.min_per_layer, layer.live) for layer in layers]
         check_total(total, floors, [layer.live for layer in layers])
-        scores = [layer.reduce(self.score(layer)) for layer in layers]
+        ranked = [layer.ranked(self.score(layer), layer.units) for layer in layers]
         lifted: dict[int, int] = {}
         while True:
             free = [i for i in range(len(layers)) if i not in lifted]
             best = top_k_counts(
-                [scores[i] for i in free],
+                [ranked[i][0] for i in free],
                 total - sum(lifted.values()),
-                [layers[i].units for i in free],
+                [ranked[i][1] for i in free],
             )
             counts = lifted | dict(zip(free, best, strict=True))
             short = {i: floor for i, floor in enumerate(floors) if counts[i] < floor}
@@ -362,7 +368,7 @@ class in_proportion:
     needs_gradient: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not callable(self.measure):
+        if not _is_function(self.measure):
             raise TypeError(f"{self}: measure must be a function of a layer.")
 
     def __repr__(self) -> str:
@@ -436,7 +442,12 @@ class per_layer:
     fixes_total: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        densities = dict(self.densities)
+        try:
+            densities = {pattern: plain(value) for pattern, value in dict(self.densities).items()}
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"{self}: densities must be a mapping or pairs, such as {{'net.*': 0.1}}."
+            ) from None
         _check_patterns(self, tuple(densities))
         for pattern, density in densities.items():
             if not _is_number(density) or not 0 < density <= 1:
@@ -504,14 +515,17 @@ class keep_dense:
     exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not callable(self.distribution):
+        if not _is_function(self.distribution):
             raise TypeError(f"{self}: distribution must be a distribution, such as erk.")
+        if not isinstance(self.layers, Sequence):
+            raise TypeError(f"{self}: layers must be patterns, such as ['fc.weight'].")
         patterns = (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
-        object.__setattr__(self, "layers", patterns)
         _check_patterns(self, patterns)
+        object.__setattr__(self, "layers", patterns)
+        _check_flag(self, "charge", self.charge)
 
     def __repr__(self) -> str:
-        return f"keep_dense({call_of(self.distribution)}, {self.layers}, charge={self.charge})"
+        return f"keep_dense({call_of(self.distribution)}, {self.layers!r}, charge={self.charge!r})"
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -636,9 +650,20 @@ def _fits(name: str, pattern: str) -> bool:
 
 def _check_patterns(distribution: object, patterns: tuple[str, ...]) -> None:
     if not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"{distribution}: patterns must be strings, such as 'fc.weight'.")
-    if not patterns:
-        raise ValueError(f"{distribution}: needs at least one pattern, such as 'fc.weight'.")
+        raise TypeError(f"{distribution}: patterns of layers must be strings, such as 'fc.weight'.")
+    if not any(patterns):
+        raise ValueError(
+            f"{distribution}: needs at least one pattern of layers, such as 'fc.weight'."
+        )
+
+
+def _check_flag(distribution: object, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{distribution}: {name} must be True or False.")
+
+
+def _is_function(value: object) -> bool:
+    return callable(value) and not isinstance(value, type)
 
 
 def _is_number(value: object) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_sparsity.connectivity import Wiring, dead_outputs, effective_density
 from lightning_sparsity.core.masks import Masks
 from lightning_sparsity.core.parameter import SparseParameter
+from lightning_sparsity.core.storage import Storage
 from lightning_sparsity.flops import Flops
 from lightning_sparsity.structures import Rows, Unstructured
 
@@ -53,7 +54,7 @@ def allocation_table(masks: Masks, model: nn.Module | None = None) -> str:
         for row, kept in zip(rows, masks, strict=False):
             row.append(_units(kept))
         rows[-1].append("")
-    lines = [_table(header, rows)] if len(masks) else []
+    lines = [table(header, rows)] if len(masks) else []
     if model is not None:
         lines.append(_dense_line(masks, model))
     return "\n".join(lines)
@@ -92,7 +93,57 @@ def final_table(masks: Masks, courses: Mapping[str, Course], flops: Flops | None
             row.append("?" if dense is None else quantity(dense * kept.density))
         total = sum(f * at_end[name] for name, f in flops.layers.items())
         rows[-1].append("?" if len(flops.layers) < len(masks) else quantity(total))
-    return _table(header, rows)
+    return table(header, rows)
+
+
+def storage_table(masks: Masks, storage: Storage) -> str:
+    """How each sparse weight is kept, what was measured, and why the others stay dense.
+
+    Args:
+        masks: The sparse parameters.
+        storage: What was decided.
+
+    Returns:
+        The table, several lines without a newline at the end. Times are of the layer's forward
+        and backward pass; memory is that of the weight, its indices and its mask.
+    """
+    header = [
+        "sparse parameter",
+        "density",
+        "storage",
+        "dense ms",
+        "compressed ms",
+        "memory",
+        "why",
+    ]
+    rows = []
+    for kept in masks:
+        choice = storage.choices.get(kept.name)
+        times = (None, None) if choice is None else (choice.dense_ms, choice.compressed_ms)
+        why = storage.reasons.get(kept.name, "")
+        reads = 0 if kept.compressed is None else kept.compressed.reads
+        rows.append(
+            [
+                kept.name,
+                f"{kept.density:.4f}",
+                "dense" if kept.compressed is None else "csr",
+                *("" if ms is None else f"{ms:.3g}" for ms in times),
+                f"{_memory(kept):.0%}",
+                why or (f"read densely {reads} times" if reads else ""),
+            ]
+        )
+    numel = sum(kept.numel * kept.parameter.element_size() for kept in masks)
+    together = sum(_memory(kept) * kept.numel * kept.parameter.element_size() for kept in masks)
+    share = f"{together / numel:.0%}" if numel else ""
+    rows.append(["total", f"{masks.density:.4f}", "", "", "", share, ""])
+    return table(header, rows)
+
+
+def _memory(kept: SparseParameter) -> float:
+    """Bytes of a weight, its indices and its mask, over those of the dense weight."""
+    dense = kept.numel * kept.parameter.element_size()
+    where = kept.numel if kept.compressed is None else kept.compressed.pattern.nbytes
+    return (kept.parameter.nbytes + where) / dense
 
 
 def connectivity_line(wired: Mapping[str, Wiring]) -> str:
@@ -133,7 +184,7 @@ def flops_table(masks: Masks, flops: Flops) -> str:
         now = None if dense is None else dense * kept.density
         told = ["?" if value is None else quantity(value) for value in (dense, now)]
         rows.append([kept.name, told[0], _density(kept.live, kept.numel), told[1]])
-    return _table(["sparse parameter", "FLOPs dense", "density", "FLOPs now"], rows) + "\n"
+    return table(["sparse parameter", "FLOPs dense", "density", "FLOPs now"], rows) + "\n"
 
 
 def flops_line(flops: Flops, densities: Mapping[str, float]) -> str:
@@ -229,7 +280,7 @@ def _counts(*counts: int) -> list[str]:
 
 
 def _shape(kept: SparseParameter) -> str:
-    return " x ".join(map(str, kept.parameter.shape))
+    return " x ".join(map(str, kept.shape))
 
 
 def _units(kept: SparseParameter) -> str:
@@ -272,7 +323,7 @@ def _dense_line(masks: Masks, model: nn.Module) -> str:
     return f"Dense: the other {len(sizes)} parameters ({sum(sizes):,} weights)."
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as they need, the first to the left; a rule above the last row."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = "-" * (sum(widths) + 3 * (len(widths) - 1))

@@ -342,7 +342,11 @@ def _choose(score: Score, layer: Layer, count: int, candidates: Tensor) -> Tenso
         assert layer.generator is not None
         return sample(candidates, count, layer.generator)
     with _naming(layer, score):
-        return top_k([layer.reduce(score(layer))], count, [candidates])[0]
+        scores, among, places = layer.ranked(score(layer), candidates)
+        chosen = top_k([scores], count, [among])[0]
+    if places is None:
+        return chosen
+    return torch.zeros_like(candidates).index_fill_(0, places[chosen], True)
 
 
 def _choose_in_groups(

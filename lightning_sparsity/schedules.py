@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_sparsity.core.layer import Curve, Ramp, Schedule, call_of
+from lightning_sparsity.core.numbers import plain, settle
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,12 @@ class step(Curve):
 
     def __post_init__(self) -> None:
         _check(self, "value")
-        factors = dict(self.factors)
+        try:
+            factors = {plain(at): plain(factor) for at, factor in dict(self.factors).items()}
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"{self}: factors must be a mapping or pairs of numbers, such as {{0.5: 0.1}}."
+            ) from None
         for milestone, factor in factors.items():
             _check_number(self, "milestone", milestone, above=0)
             _check_number(self, f"factor at {milestone}", factor)
@@ -317,6 +323,8 @@ class sigmoid(Curve):
     def __post_init__(self) -> None:
         _check(self, "start", "end")
         _check(self, "steepness", above=0)
+        if not isinstance(self.normalize, bool):
+            raise TypeError(f"{self}: normalize must be True or False.")
 
     def __call__(self, progress: float) -> float:
         """Value at ``progress``."""
@@ -389,6 +397,7 @@ class early(Curve):
     at: float
 
     def __post_init__(self) -> None:
+        settle(self, "at")
         _check_early(self, self.schedule, self.at)
 
     def __repr__(self) -> str:
@@ -421,7 +430,8 @@ class until:
     at: float
 
     def __post_init__(self) -> None:
-        _check_early(self, self.ramp, self.at)
+        settle(self, "at")
+        _check_early(self, self.ramp, self.at, Curve)
 
     def __repr__(self) -> str:
         return f"until({call_of(self.ramp)}, {self.at!r})"
@@ -429,6 +439,49 @@ class until:
     def __call__(self, start: float, end: float) -> Curve:
         """The schedule from ``start`` to ``end``."""
         return early(self.ramp(start, end), self.at)
+
+
+Phases = Sequence[tuple[float, float]]
+"""Beginnings and ends of phases, as fractions of a window."""
+
+
+@dataclass(frozen=True)
+class alternating:
+    """A ramp that is at its final density in compressed phases, and dense outside of them.
+
+    Args:
+        compressed: Beginnings and ends of the phases, rising from 0 to 1. A phase begins at its
+            first fraction and ends before its second; progress 1 is always compressed.
+
+    Example:
+        >>> density = alternating([(0.2, 0.5), (0.8, 1.0)])(1.0, 0.1)
+        >>> [density(x) for x in (0, 0.2, 0.5, 0.8, 1)]
+        [1.0, 0.1, 1.0, 0.1, 0.1]
+    """
+
+    compressed: Phases = ()
+
+    def __call__(self, start: float, end: float) -> Curve:
+        """The schedule; ``start`` is not used, as dense is dense."""
+        return _Alternation(self.compressed, end)
+
+    def are_over(self, progress: float) -> bool:
+        """Whether the last phase has begun."""
+        return progress + _TINY >= self.compressed[-1][0]
+
+
+@dataclass(frozen=True)
+class _Alternation(Curve):
+    compressed: Phases
+    density: float
+
+    def __call__(self, progress: float) -> float:
+        x = progress + _TINY
+        inside = any(begin <= x < end for begin, end in self.compressed)
+        return self.density if inside or progress >= 1 else 1.0
+
+
+_TINY = 1e-9  # fractions such as 0.1 + 0.2 lie beside the steps they mean
 
 
 def _clamp(progress: float) -> float:
@@ -442,21 +495,22 @@ def _between(start: float, end: float, left: float) -> float:
 
 def _check(schedule: object, *arguments: str, above: float = -math.inf) -> None:
     """Raise unless these arguments of ``schedule`` are finite numbers above a bound."""
+    settle(schedule, *arguments)
     for argument in arguments:
         _check_number(schedule, argument, getattr(schedule, argument), above)
 
 
 def _check_number(schedule: object, argument: str, value: object, above: float = -math.inf) -> None:
     allowed = "a finite number" if above == -math.inf else f"a finite number above {above}"
-    message = f"{schedule}: {argument} must be {allowed}, not {value!r}; pass a plain int or float."
+    message = f"{schedule}: {argument} must be {allowed}, not {value!r}."
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(message)
     if not above < value < math.inf:
         raise ValueError(message)
 
 
-def _check_early(what: object, part: object, at: object) -> None:
-    if not callable(part):
+def _check_early(what: object, part: object, at: object, *classes: type) -> None:
+    if not callable(part) or (isinstance(part, type) and not issubclass(part, classes)):
         raise TypeError(f"{what}: {part!r} must be a schedule or ramp, such as cubic.")
     _check_number(what, "at", at, above=0)
     if at > 1:  # type: ignore[operator]

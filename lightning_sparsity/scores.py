@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparsity.core.layer import Layer, Score, Scorer
+from lightning_sparsity.core.numbers import settle
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -82,11 +83,20 @@ class slot(Scorer):
     Args:
         name: Key in ``layer.slots``.
         signed: Whether negative values rank below 0.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
     """
 
     name: str
     signed: bool = False
     needs_gradient: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise TypeError(f"{self}: name must be that of a slot, such as 'momentum'.")
+        if not isinstance(self.signed, bool):
+            raise TypeError(f"{self}: signed must be True or False.")
 
     def __call__(self, layer: Layer) -> Tensor:
         """Score of ``layer``.
@@ -122,7 +132,7 @@ class momentum(Scorer):
     needs_gradient: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_beta(self, self.beta)
+        _check_beta(self)
 
     def __call__(self, layer: Layer) -> Tensor:
         """Score of ``layer``.
@@ -162,7 +172,7 @@ class taylor(Scorer):
     needs_gradient: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_beta(self, self.beta)
+        _check_beta(self)
 
     def __call__(self, layer: Layer) -> Tensor:
         """Score of ``layer``, shape of the weight; summed over a unit it is the unit's."""
@@ -225,9 +235,10 @@ class drawn_by(Scorer):
     power: float = 1.0
 
     def __post_init__(self) -> None:
-        if not callable(self.score):
+        settle(self, "power")
+        if not callable(self.score) or isinstance(self.score, type):
             raise TypeError(f"{self}: score must be a function of a layer, such as magnitude.")
-        if not 0 <= self.power < math.inf:
+        if not _is_number(self.power) or not 0 <= self.power < math.inf:
             raise ValueError(f"{self}: power must be a finite number >= 0.")
 
     @property
@@ -269,7 +280,8 @@ class nearby(Scorer):
     needs_gradient: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.length < math.inf:
+        settle(self, "length")
+        if not _is_number(self.length) or not 0 < self.length < math.inf:
             raise ValueError(f"{self}: length must be a finite number above 0, such as 0.1.")
 
     def __call__(self, layer: Layer) -> Tensor:
@@ -281,8 +293,14 @@ class nearby(Scorer):
         return layer.layout.restore(view, layer.shape).to(layer.weight.device)
 
 
-def _check_beta(score: object, beta: object) -> None:
-    if isinstance(beta, bool) or not isinstance(beta, int | float):
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_beta(score: momentum | taylor) -> None:
+    settle(score, "beta")
+    beta = score.beta
+    if not _is_number(beta):
         raise TypeError(f"{score}: beta must be a number in [0, 1); 0.9 is usual.")
     if not 0 <= beta < 1:
         raise ValueError(f"{score}: beta must lie in [0, 1); 0.9 is usual.")

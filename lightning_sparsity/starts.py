@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparsity.core.layer import Budget, Layer, Layers, Verb
+from lightning_sparsity.core.numbers import settle
 from lightning_sparsity.ops.selection import sample
 from lightning_sparsity.rules import drop
 from lightning_sparsity.scores import random, without_gradient
@@ -161,13 +162,16 @@ class approximate_isometry(Verb):
     needs_gradient: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        numbers = all(isinstance(value, int | float) for value in (self.lr, self.tolerance))
+        settle(self, "steps", "lr", "tolerance")
+        numbers = all(type(value) in (int, float) for value in (self.lr, self.tolerance))
         if type(self.steps) is not int or type(self.orthogonal) is not bool or not numbers:
             raise TypeError(
                 f"{self}: steps must be an int, lr and tolerance numbers, orthogonal True or False."
             )
         if self.steps < 1 or not 0 < self.lr < math.inf or not 0 <= self.tolerance < math.inf:
-            raise ValueError(f"{self}: needs steps >= 1, lr above 0 and tolerance >= 0.")
+            raise ValueError(
+                f"{self}: needs steps >= 1, lr above 0 and tolerance >= 0, all finite numbers."
+            )
 
     def __call__(self, layers: Layers, budget: Budget, progress: float) -> Layers:
         """Move the values of every layer that has zeros."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightning_sparsity.core.numbers import settle
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -158,8 +160,9 @@ class Block(_Tiled):
     columns: int
 
     def __post_init__(self) -> None:
+        settle(self, "rows", "columns")
         if not all(type(n) is int and n > 0 for n in (self.rows, self.columns)):
-            raise ValueError(f"{self}: both sizes must be positive integers.")
+            raise ValueError(f"{self}: both sizes, rows and columns, must be positive integers.")
 
     def _tile(self, view: Tensor) -> tuple[int, int, int]:
         return self.rows, self.columns, 1
@@ -192,6 +195,7 @@ class NM(Structure):
     m: int
 
     def __post_init__(self) -> None:
+        settle(self, "n", "m")
         if not (type(self.n) is int and type(self.m) is int and 1 <= self.n <= self.m):
             raise ValueError(f"{self}: needs integers with 1 <= n <= m, such as NM(2, 4).")
 

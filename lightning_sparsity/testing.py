@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from lightning_sparsity.core.keeper import MaskKeeper
 from lightning_sparsity.core.masks import Masks, optimizer_state
 from lightning_sparsity.core.method import Method
+from lightning_sparsity.core.shards import part_of
 
 Batch = tuple[Tensor, Tensor]
 MakeOptimizer = Callable[[Any], Optimizer]
@@ -215,7 +216,8 @@ class Probe(Callback):
         self.state = [
             value.detach().clone()
             for optimizer in trainer.optimizers
-            for state in optimizer.state.values()
+            # dense, whatever the storage
+            for state in optimizer.state_dict().get("state", {}).values()
             for value in state.values()
             if isinstance(value, Tensor)
         ]
@@ -230,8 +232,12 @@ def assert_zero_off_masks(masks: Masks, optimizers: Sequence[Optimizer] = ()) ->
         assert int(kept.mask.sum()) == kept.live, f"{kept.name}: stale count"
         assert not kept.weight[~kept.mask].any(), f"{kept.name}: weight off the mask"
         for optimizer in optimizers if not kept.is_latent else ():
+            if kept.compressed is not None:  # nothing is kept off the mask
+                assert len(kept.parameter) == kept.live, f"{kept.name}: values"
+                continue
+            off = ~part_of(kept.mask, kept.parameter)
             for tensor in optimizer_state(kept, optimizer):
-                assert not tensor[~kept.mask].any(), f"{kept.name}: optimizer state off the mask"
+                assert not tensor[off].any(), f"{kept.name}: optimizer state off the mask"
 
 
 def quiet_trainer(callbacks: Sequence[Callback], **options: Any) -> pl.Trainer:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -15,8 +15,19 @@ from lightning_sparsity.callbacks.budget import Budgeter
 from lightning_sparsity.core.capture import Statistic
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.keeper import MaskKeeper
-from lightning_sparsity.core.layer import Distribution, Layers, Ramp, Rule, call_of, errors_of
+from lightning_sparsity.core.layer import (
+    Budget,
+    Curve,
+    Distribution,
+    Layers,
+    Ramp,
+    Rule,
+    Schedule,
+    call_of,
+    errors_of,
+)
 from lightning_sparsity.core.method import Observe, Role, Share
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.view import ModelView
 from lightning_sparsity.core.window import Interval, Window
 from lightning_sparsity.distributions import fixes_total, per_layer
@@ -94,6 +105,8 @@ class MaskCallback(SparsityCallback):
         single_weights: bool = False,
     ) -> None:
         self._check_types(structure, seed)
+        self._check_parts(initial, update, default_distribution, observe, statistics, role)
+        self._check_flag("single_weights", single_weights)
         self.single_weights = single_weights
         if structure is not None:
             self._check_units(structure, f"{self._name}(structure={structure!r})")
@@ -108,7 +121,7 @@ class MaskCallback(SparsityCallback):
             self._check("density", density, low_open=True)
         self._check("initial_density", initial_density, low_open=True)
         if isinstance(distribution, Mapping):
-            with errors_of(self._name):
+            with errors_of(f"{self._name}: distribution"):
                 distribution = per_layer(distribution)
         if distribution is not None and (
             not callable(distribution) or isinstance(distribution, type)
@@ -125,12 +138,12 @@ class MaskCallback(SparsityCallback):
         self.include = include
         self.exclude = exclude
         self.structure = structure
-        self.seed = seed
+        self.seed = plain(seed)
         self.role: Role = role
         self.initial = initial
         self.rule = update
         self.ramp = ramp
-        self.initial_density = initial_density
+        self.initial_density = float(initial_density)
         self.observe = observe
         if ramp is not None:
             self._check_ramp(ramp)
@@ -223,7 +236,18 @@ class MaskCallback(SparsityCallback):
                 f"needed; for 90% sparsity pass {self._name}(density=0.1)."
             )
         rule = _adapt if share.found and self.role == "updater" else self.initial
-        return rule(layers, self._budget.first(layers, share), 0.0)
+        return self._start(rule, layers, self._budget.first(layers, share))
+
+    def _start(self, rule: Rule, layers: Layers, budget: Budget) -> Layers:
+        """What a rule makes of the layers before the first step, checked: it may be the user's."""
+        made = rule(layers, budget, 0.0)
+        names = [layer.name for layer in layers]
+        if not isinstance(made, Sequence) or [getattr(x, "name", None) for x in made] != names:
+            raise TypeError(
+                f"{self._name}: {call_of(rule)} gave {type(made).__name__} for {', '.join(names)}; "
+                "a rule must give the layers that it was given, changed or not."
+            )
+        return made
 
     def update(self, layers: Layers, share: Share, progress: float) -> Layers:
         """Apply the method's rule, towards the density of the moment if it ramps.
@@ -271,14 +295,30 @@ class MaskCallback(SparsityCallback):
 
     def _check_fraction(self, name: str, value: object) -> None:
         """Raise unless ``value`` is a number in [0, 1] or a schedule of such numbers."""
-        if not callable(value) or isinstance(value, type):
+        if callable(value) and not isinstance(value, type):
+            self._check_schedule(name, value, 0, 1)
+        else:
             self._check(name, value)
-            return
+
+    def _check_schedule(
+        self, name: str, value: Schedule | Curve, low: float, high: float = math.inf
+    ) -> None:
+        """Raise unless a function of progress gives finite numbers from ``low`` to ``high``."""
+        where = f"{self._name}({name}={call_of(value)})"
+        allowed = f"in [{low:g}, {high:g}]" if high < math.inf else f"at {low:g} or above"
         for progress in (0.0, 0.5, 1.0):
-            if not 0 <= value(progress) <= 1:
+            try:
+                number: object = value(progress)
+            except TypeError as error:
+                number = error
+            if isinstance(number, bool) or not isinstance(number, Real):
+                raise TypeError(
+                    f"{where}: {name} must be a number, or a function of progress in [0, 1] that "
+                    f"gives one, such as cosine(0.3); at progress {progress} it gives {number!r}."
+                )
+            if not (low <= float(number) <= high and math.isfinite(number)):
                 raise ValueError(
-                    f"{self._name}({name}={call_of(value)}): is {value(progress)} at progress "
-                    f"{progress}; {name} must lie in [0, 1]."
+                    f"{where}: is {number} at progress {progress}; {name} must lie {allowed}."
                 )
 
     def _check_types(self, structure: Structure | None, seed: int | None) -> None:
@@ -289,6 +329,32 @@ class MaskCallback(SparsityCallback):
             )
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
             raise TypeError(f"{self._name}(seed={seed!r}): must be an int or None.")
+
+    def _check_parts(
+        self,
+        initial: Rule,
+        update: Rule | None,
+        default_distribution: Distribution,
+        observe: Observe | None,
+        statistics: Collection[Statistic],
+        role: Role,
+    ) -> None:
+        """Raise unless the parts of a method of one's own are what they must be."""
+        self._check_callable("initial", initial, "drop(random)", optional=False)
+        self._check_callable("update", update, "chain(drop(magnitude), grow(random))")
+        self._check_callable("default_distribution", default_distribution, "erk", optional=False)
+        self._check_callable("observe", observe, "momentum(0.9).observe")
+        listed = isinstance(statistics, Collection) and not isinstance(statistics, str)
+        if not listed or not all(name in get_args(Statistic) for name in statistics):
+            raise ValueError(
+                f"{self._name}(statistics={statistics!r}): must be some of "
+                f"{', '.join(map(repr, get_args(Statistic)))}, as in ('inputs',)."
+            )
+        if role not in get_args(Role):
+            raise ValueError(
+                f"{self._name}(role={role!r}): must be one of "
+                f"{', '.join(map(repr, get_args(Role)))}."
+            )
 
     def _check_units(self, structure: Structure, where: str) -> None:
         if self.single_weights and structure != Unstructured():
@@ -316,6 +382,13 @@ class MaskCallback(SparsityCallback):
         fits = low < number < high if inside else low <= number <= high
         if not (fits and math.isfinite(number)):
             raise ValueError(f"{self._name}({name}={value!r}): {name} must be {allowed}.")
+
+    def _check_count(self, name: str, value: object, least: int = 1) -> None:
+        """Raise unless ``value`` is an integer of at least ``least``."""
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{self._name}({name}={value!r}): must be an int >= {least}.")
+        if int(value) < least:
+            raise ValueError(f"{self._name}({name}={value!r}): must be at least {least}.")
 
     def _check_flag(self, name: str, value: object) -> None:
         """Raise unless ``value`` is a bool."""
@@ -349,13 +422,12 @@ class MaskCallback(SparsityCallback):
     def _check_arrives(self, ramp: Ramp) -> None:
         """Raise unless ``ramp`` makes schedules of densities from its start to its end."""
         try:
-            arrives = ramp(1.0, 0.5)(1.0)
-        except TypeError:
+            arrives, halfway = (float(ramp(1.0, 0.5)(progress)) for progress in (1.0, 0.5))
+        except (TypeError, ValueError):
             raise TypeError(
                 f"{self._name}(ramp={call_of(ramp)}): must make a schedule from the initial and "
                 "the final density: a class such as cubic, not cubic(1.0, 0.1)."
             ) from None
-        halfway = ramp(1.0, 0.5)(0.5)
         if not 0 < halfway <= 1:
             raise ValueError(
                 f"{self._name}(ramp={call_of(ramp)}): ramp(1.0, 0.5) is {halfway} halfway; a "

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ from lightning_sparsity.core.layer import (
 )
 from lightning_sparsity.core.method import Share
 from lightning_sparsity.distributions import fixes_total, is_exact, uniform, unmatched
+from lightning_sparsity.ops.selection import NonFiniteScoreError
 from lightning_sparsity.scores import needs_gradient
 from lightning_sparsity.structures import NM
 
@@ -109,7 +111,8 @@ class Budgeter:
     def _distributed(self, layers: Layers, total: int) -> list[int]:
         """What the distribution says, checked: it may be the user's."""
         with errors_of(self.name):
-            counts = list(self.distribution(layers, total))
+            made: Any = self.distribution(layers, total)
+        counts: list[Any] = list(made) if isinstance(made, Iterable) else [made]
         fits = len(counts) == len(layers) and all(
             isinstance(n, int) and 0 <= n <= layer.live
             for n, layer in zip(counts, layers, strict=False)
@@ -127,10 +130,16 @@ class Budgeter:
     def check(self, layers: Layers) -> None:
         """Raise ``ValueError`` if the density cannot be reached; says what is the most."""
         asked = self.density is not None or fixes_total(self.distribution)
-        if asked and not needs_gradient(self.distribution):
-            density = 1.0 if self.density is None else self.density
-            with suppress(KeyError):  # a slot that is not filled yet: ranks, and can be met
-                self._counts(_all_live(layers), density, round(density * _size(layers)), None)
+        if asked:
+            density, everything = 1.0 if self.density is None else self.density, _all_live(layers)
+            errors: list[type[Exception]] = [
+                KeyError
+            ]  # a slot is not filled yet: ranks, can be met
+            if needs_gradient(self.distribution):  # there is none yet: other numbers take its place
+                everything = [dataclasses.replace(n, grad=n.weight) for n in everything]
+                errors.append(NonFiniteScoreError)
+            with suppress(*errors):
+                self._counts(everything, density, round(density * _size(layers)), None)
 
     def check_found(self, layers: Layers, share: Share) -> None:
         """Raise ``ValueError`` if what was given contradicts itself or the layers."""

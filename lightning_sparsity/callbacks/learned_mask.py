@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -55,27 +55,32 @@ def sgd(groups: list[dict[str, Any]], momentum: float = 0.9, weight_decay: float
 
 
 class LearnedMask(MaskCallback):
-    """A method in whose layers the weights that compute are not the parameters.
+    """A method that turns the gradients of its weights into others before every step.
 
-    Two kinds. *Straight-through* (``derived = False``): a mask is stored, layers compute with
-    the weight times the mask, and the mask is chosen anew at every update, from all weights;
-    those off the mask keep a latent value and may come back. *Derived*: layers compute with
-    :meth:`effective`, and the mask is :meth:`support` (give ``update=stay``). What the method
-    trains beside the weights are slots, never parameters of the model; a private optimizer
-    trains them.
+    In most, the weights that layers compute with are not the parameters either. Two kinds.
+    *Straight-through* (``derived = False``): a mask is stored, layers compute with the weight
+    times the mask, and the mask is chosen anew at every update, from all weights; those off the
+    mask keep a latent value and may come back. *Derived*: layers compute with :meth:`effective`,
+    and the mask is :meth:`support` (give ``update=stay``). What the method trains beside the
+    weights are slots, never parameters of the model; a private optimizer trains them.
 
     Files get the effective weights. When the window ends (or at the end of training) they
     become the parameters, and the mask is stored.
+
+    A method with ``latent = False`` is in place: layers compute with the parameters, which are
+    zero off the mask, and all that it does beside choosing masks is to turn gradients.
 
     Attributes:
         trained: Slots that the private optimizer trains; :meth:`extras` gives their start.
         derived: Which of the two kinds.
         dense_gradients: Whether weights off the mask get a gradient (straight-through).
+        latent: Whether layers compute with other weights than their parameters.
     """
 
     trained: ClassVar[Sequence[str]] = ()
     derived: ClassVar[bool] = False
     dense_gradients: bool = False
+    latent: ClassVar[bool] = True
 
     def extras(self, layer: Layer) -> Mapping[str, Tensor]:
         """The slots that a layer begins with; trained ones in float32 at least.
@@ -105,6 +110,19 @@ class LearnedMask(MaskCallback):
     def penalty(self, layer: Layer) -> Tensor | None:
         """What the method adds to the loss, a scalar; differentiable in weight and slots."""
         return None
+
+    def together(self, layers: Iterable[Layer]) -> Iterable[Layer]:
+        """Look at all layers of a step before :meth:`gradients` takes them one by one.
+
+        Here they pass as they are, and never lie in memory all at once.
+
+        Args:
+            layers: Those of one optimizer that have a gradient, as :meth:`gradients` gets them.
+
+        Returns:
+            As many, in the same order; they may be changed, the model is not.
+        """
+        return layers
 
     def gradients(self, layer: Layer) -> Mapping[str, Tensor | None]:
         """Gradients of the trained slots, and of the weight, from that of the effective one.
@@ -209,7 +227,7 @@ class LearnedMask(MaskCallback):
             dataclasses.replace(layer, slots={**layer.slots, **self.extras(layer)})
             for layer in layers
         ]
-        if share.found:
+        if share.found and self.latent:
             begun = [
                 dataclasses.replace(layer, slots={**layer.slots, "barred": ~layer.mask})
                 for layer in begun
@@ -218,6 +236,8 @@ class LearnedMask(MaskCallback):
 
     def update(self, layers: Layers, share: Share, progress: float) -> Layers:
         """Choose a stored mask anew, from all weights that are not barred.
+
+        A method in place, whose weights are zero off the mask, chooses as others do.
 
         Args:
             layers: The layers of one optimizer, after its step.
@@ -229,6 +249,8 @@ class LearnedMask(MaskCallback):
         """
         if self.derived:
             return layers
+        if not self.latent:
+            return super().update(layers, share, progress)
         everything = [_all_alive(layer) for layer in layers]
         if self.rule is not None and not self.ramps:  # as many as there are
             return self.rule(everything, [layer.live for layer in layers], progress)

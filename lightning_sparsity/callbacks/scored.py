@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,8 +13,16 @@ from torch import Tensor
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
-from lightning_sparsity.core.layer import Distribution, Layers, Rule, Verb, density_of
+from lightning_sparsity.core.layer import (
+    Distribution,
+    Layers,
+    Rule,
+    Verb,
+    density_of,
+    errors_of,
+)
 from lightning_sparsity.core.method import Share
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.view import LossFunction, ModelView, Pass
 from lightning_sparsity.distributions import fixes_total, global_by
 from lightning_sparsity.rules import chain, drop, forget
@@ -85,9 +93,9 @@ class ScoredStart(MaskCallback):
         self._check_flag("shuffle", shuffle)
         self._check_flag("reinitialize", reinitialize)
         self._check_callable("weight_init", weight_init, "rescale_to_fan_in")
-        if data is not None and not isinstance(data, Iterable):
+        if data is not None and (not isinstance(data, Iterable) or isinstance(data, str | type)):
             raise TypeError(f"{self._name}(data={data!r}): must be batches, such as a DataLoader.")
-        self.batches = batches
+        self.batches = plain(batches)
         self.data = data
         self.loss_fn = loss_fn
         self.mode: Literal["train", "eval"] = mode
@@ -127,7 +135,8 @@ class ScoredStart(MaskCallback):
         Args:
             opened: A copy of the model.
         """
-        return opened.batches(self.batches, self.data) if self.batches else []
+        with errors_of(self._name):
+            return opened.batches(self.batches, self.data) if self.batches else []
 
     def rounds(self, density: float) -> list[float]:
         """Densities to prune to, one after the other, each after scoring; the last is ``density``.
@@ -177,12 +186,6 @@ class ScoredStart(MaskCallback):
         total, size = sum(end), sum(layer.size for layer in start)
         left = (density * size - total) / (sum(layer.live for layer in start) - total)
         return [n + round((layer.live - n) * left) for layer, n in zip(start, end, strict=True)]
-
-    def _check_count(self, name: str, value: object, least: int = 1) -> None:
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"{self._name}({name}={value!r}): must be an int >= {least}.")
-        if int(value) < least:
-            raise ValueError(f"{self._name}({name}={value!r}): must be at least {least}.")
 
     def _check_positive(self, name: str, value: object) -> None:
         if isinstance(value, bool) or not isinstance(value, Real):

@@ -1,23 +1,22 @@
-"""Effective weights: a layer that computes with another weight than its parameter.
+"""Effective weights: a layer that computes with a function of its parameter.
 
-The layer object gets a subclass whose ``weight`` is a property. The parameter keeps its name,
-its place and its identity, so optimizers, averages and files see nothing new: files get the
-effective weight, under the parameter's name.
+The gradient of what the layer computes with arrives at the parameter as it is; whoever learns
+the function turns it into what it is (:mod:`~lightning_sparsity.core.learner`).
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_PLACE = "_effective_weights"
+from lightning_sparsity.core.stand_in import StandIn
 
 
-class EffectiveWeight:
+class EffectiveWeight(StandIn):
     """What a layer computes with in place of one parameter.
 
     The forward pass reads ``value``; its gradient goes to the parameter as it is. Whoever
@@ -41,51 +40,14 @@ class EffectiveWeight:
         evaluate: Callable[[], Tensor],
         constant: bool = True,
     ) -> None:
-        self.parameter = parameter
+        super().__init__(parameter)
         self.constant = constant
         self.is_stale = True
         self._value = parameter.detach().clone()
         self._renew = renew
         self._evaluate = evaluate
-        self._places: list[tuple[nn.Module, str]] = []
         self._copy: weakref.ref[nn.Parameter] | None = None
         self._copied_at = 0
-
-    def install(self, model_modules: Sequence[nn.Module]) -> None:
-        """Take the parameter's place in every module that holds it.
-
-        Raises:
-            TypeError: If a module computes with its parameters in a way that would not see it.
-        """
-        places = [
-            (module, key)
-            for module in model_modules
-            for key, held in module._parameters.items()
-            if held is self.parameter
-        ]
-        for module, _ in places:
-            if isinstance(module, nn.RNNBase):
-                raise TypeError(
-                    f"{type(module).__name__} hands its weights to one fused operation and cannot "
-                    "compute with learned masks; leave it out with exclude=."
-                )
-        self._places = places
-        for module, key in places:
-            there = vars(module).setdefault(_PLACE, {})
-            there[key] = self
-            plain = _plain(type(module))
-            module.__class__ = _with_properties(plain, tuple(sorted(there)))
-
-    def remove(self) -> None:
-        """Give every module its own class back."""
-        for module, key in self._places:
-            there = vars(module)[_PLACE]
-            del there[key]
-            plain = _plain(type(module))
-            module.__class__ = _with_properties(plain, tuple(sorted(there))) if there else plain
-            if not there:
-                del vars(module)[_PLACE]
-        self._places = []
 
     @property
     def value(self) -> Tensor:
@@ -128,60 +90,3 @@ class _Through(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0], None
-
-
-def _bare(kind: type[nn.Module]) -> nn.Module:
-    """A module without anything in it, for pickle and deepcopy to fill."""
-    return kind.__new__(kind)
-
-
-def _plain(kind: type[nn.Module]) -> type[nn.Module]:
-    plain: type[nn.Module] = getattr(kind, "_plain_class", kind)
-    return plain
-
-
-_classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
-
-
-def _with_properties(plain: type[nn.Module], keys: tuple[str, ...]) -> type[nn.Module]:
-    """The subclass for these parameters, made once: compiled code is kept by class."""
-    if (plain, keys) not in _classes:
-        _classes[plain, keys] = _subclass(plain, keys)
-    return _classes[plain, keys]
-
-
-def _subclass(plain: type[nn.Module], keys: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass that computes with effective weights in the place of some parameters."""
-
-    def reduce(self: nn.Module, protocol: Any) -> Any:
-        # A copy is a plain layer with effective weights: it has no part in the training.
-        state = dict(vars(self))
-        own = dict(self._parameters)
-        for key, effective in state.pop(_PLACE).items():
-            own[key] = effective.copied()
-        state["_parameters"] = own
-        return _bare, (plain,), state
-
-    def save(self: nn.Module, destination: Any, prefix: str, keep_vars: bool) -> None:
-        plain._save_to_state_dict(self, destination, prefix, keep_vars)
-        for key, effective in vars(self)[_PLACE].items():
-            if not keep_vars:
-                destination[prefix + key] = effective.evaluated()
-
-    def property_of(key: str) -> property:
-        def read(self: nn.Module) -> Tensor:
-            effective: EffectiveWeight = self.__dict__[_PLACE][key]
-            return effective.seen(self.training)
-
-        return property(read)
-
-    contents: dict[str, Any] = {key: property_of(key) for key in keys}
-    contents |= {
-        "_plain_class": plain,
-        "__module__": plain.__module__,
-        "__qualname__": plain.__qualname__,
-        "__doc__": plain.__doc__,
-        "__reduce_ex__": reduce,
-        "_save_to_state_dict": save,
-    }
-    return type(plain.__name__, (plain,), contents)

@@ -20,6 +20,7 @@ from lightning_sparsity.core import state
 from lightning_sparsity.core.capture import Capture
 from lightning_sparsity.core.layer import Layer, Layers, density_of
 from lightning_sparsity.core.learner import LearnedMethod, Learner
+from lightning_sparsity.core.live import Formed
 from lightning_sparsity.core.masks import Masks, optimizer_state
 from lightning_sparsity.core.method import Share
 from lightning_sparsity.core.parameter import SparseParameter
@@ -30,7 +31,10 @@ from lightning_sparsity.core.plan import (
     check_windows,
 )
 from lightning_sparsity.core.randomness import generator
+from lightning_sparsity.core.ranks import gather_from_ranks, mean_over_ranks
 from lightning_sparsity.core.run import Owner, Run, by_optimizer, carry_over, census
+from lightning_sparsity.core.shards import formed, is_sharded
+from lightning_sparsity.core.storage import Storage
 from lightning_sparsity.core.view import ModelView
 from lightning_sparsity.ops.masked import mask_
 from lightning_sparsity.ops.selection import NonFiniteScoreError
@@ -52,9 +56,11 @@ class Engine:
         is_manual: Whether the user steps the optimizers, so that :meth:`before_step` may not
             be called.
         averages: Gives the running averages of the model's weights, by plain name.
+        record_scale: Gives the factor of a GradScaler in the gradients of activations.
 
     Attributes:
         masks: The masks.
+        storage: What keeps weights compressed, if anything does.
         has_begun: Whether methods have begun, or gone on from a saved state.
         owners: The parameters, by optimizer.
         runs: Every method at work, once per optimizer.
@@ -75,6 +81,7 @@ class Engine:
         loss_scale: Callable[[Optimizer], float] = lambda optimizer: 1.0,
         is_manual: bool = False,
         averages: Callable[[], Sequence[Mapping[str, Tensor]]] = tuple,
+        record_scale: Callable[[], float] = lambda: 1.0,
     ) -> None:
         self.masks = Masks(parameters)
         self.has_begun = False
@@ -92,12 +99,14 @@ class Engine:
         self._warn = warn
         self._loss_scale = loss_scale
         self._averages = averages
+        self._record_scale = record_scale
         self._learners = {
             a.key: Learner(a.method, modules, partial(self._draw, a.key, a.method.seed))
             for a in assignments
             if isinstance(a.method, LearnedMethod)
         }
         check_effective([a for a in assignments if a.key in self._learners])
+        self.storage: Storage | None = None
         self._watches_steps = is_manual and bool(self._learners)
         self._epoch = 0
         self._ending: int | None = None
@@ -140,6 +149,8 @@ class Engine:
     def release(self) -> None:
         """Hand everything back: hooks of optimizers and layers, and the layers' weights."""
         self._let_go()
+        if self.storage is not None:
+            self.storage.release()
         for learner in self._learners.values():
             learner.hand_back(list(learner.active))
 
@@ -234,6 +245,7 @@ class Engine:
                 made |= dict.fromkeys(a.names, (a.key, left))
         latent = self._to_be_latent([run for run, _ in shares])
         self.masks.commit(list(layers.values()), self._optimizers(), latent)
+        self._agree("at the start", list(layers))
         for run, share in shares:
             run.share = share
             self._warn_of_dead_layers(run)
@@ -258,6 +270,10 @@ class Engine:
             if learner is not None and run.share is not None and not run.is_over:
                 names = [name for name in run.names if name not in learner.active]
                 learner.begin(self._named(names), run.owner.steps, run.progress)
+
+    def is_learned(self, name: str) -> bool:
+        """Whether a method that learns masks is at work on a parameter."""
+        return any(name in learner.active for learner in self._learners.values())
 
     def _named(self, names: Sequence[str]) -> list[SparseParameter]:
         return [self.masks[name] for name in names]
@@ -347,9 +363,16 @@ class Engine:
         self._capture()
 
     def _capture(self) -> None:
-        """Record activations if an update that reads them follows the next step."""
+        """Record activations if an update that reads them follows the next step.
+
+        Those of a compressed weight are recorded where its dense gradient is read.
+        """
         for run in self.runs:
             due = run.due(self._nearing, self.total, ahead=1)
+            if run.observes or (run.method.needs_gradient and due):
+                for kept in self._named(run.names):
+                    if kept.compressed is not None:
+                        kept.compressed.record(True)
             if run.method.statistics and due and not run.owner.capture:
                 mates = [r for r in self.runs if r.owner is run.owner]
                 wanted = {statistic for mate in mates for statistic in mate.method.statistics}
@@ -445,6 +468,8 @@ class Engine:
         owner.remember()
         if any(kept.effective is not None for kept in owner.stepping):
             owner.doubt()
+        if self.storage is not None:
+            self.storage.settle([kept.name for kept in owner.parameters])
         self._capture()
 
     def _learn(self, owner: Owner, active: Sequence[Run]) -> None:
@@ -473,6 +498,8 @@ class Engine:
             and not self._is_early(run)
         ]
         for run in waiting:
+            if self.storage is not None:  # what learns its mask lives off it
+                self.storage.release(run.names)
             layers = {layer.name: layer for layer in self._layers(run)}
             found = any(not kept.is_dense for kept in self._named(run.names))
             share = self._begin(run, layers, found)
@@ -500,17 +527,14 @@ class Engine:
 
     def _keep_gradients(self, owner: Owner, copy: bool) -> None:
         """Show dense gradients to the methods that observe, keep them for due updates."""
-        dense = {
-            p.name: p.parameter.grad.detach()
-            for p in owner.parameters
-            if p.parameter.grad is not None
-        }
         runs = [run for run in self.runs if run.owner is owner]
         for run in runs:
             if run.observes:
-                owner.kept = dense
+                owner.kept = self._dense(owner.parameters)
                 for layer in self._layers(run):
                     if layer.grad is not None and run.method.observe is not None:
+                        if isinstance(layer.grad, Formed):  # once, however often it is read
+                            layer = dataclasses.replace(layer, grad=layer.grad.formed())
                         found = dict(run.method.observe(layer))
                         owner.observed[layer.name] = (run.key, found)
         wanted = {
@@ -519,9 +543,30 @@ class Engine:
             if run.method.needs_gradient and self._is_due(run, ahead=1)
             for name in run.names
         }
-        owner.kept = {
-            name: grad.clone() if copy else grad for name, grad in dense.items() if name in wanted
-        }
+        owner.kept = self._dense([p for p in owner.parameters if p.name in wanted], copy)
+
+    def _dense(
+        self, parameters: Iterable[SparseParameter], copy: bool = False
+    ) -> dict[str, Tensor]:
+        """The dense gradients of those weights that have one, by name.
+
+        Args:
+            parameters: The weights.
+            copy: Whether the gradients are about to be masked in place.
+        """
+        found: dict[str, Tensor | None] = {}
+        for kept in parameters:
+            grad = kept.parameter.grad
+            if kept.compressed is not None:
+                found[kept.name] = kept.compressed.dense_gradient(self._averaged)
+            elif grad is not None:
+                grad = grad.detach().clone() if copy else grad.detach()
+                found[kept.name] = formed(grad) if is_sharded(grad) else grad
+        return {name: grad for name, grad in found.items() if grad is not None}
+
+    def _averaged(self, grad: Tensor) -> Tensor:
+        """A gradient formed from activations, as it would have come to the weight."""
+        return mean_over_ranks(grad.div_(self._record_scale()))
 
     def _skip(self, owner: Owner) -> None:
         """A step that a GradScaler or an empty loss took away: time passes, updates wait."""
@@ -563,12 +608,30 @@ class Engine:
             )
             return
         self.masks.commit(list(layers.values()), self._optimizers())
+        self._agree(f"after the update of {run.key} at step {run.owner.steps}", run.names)
         run.share = share
         run.pending = False
         run.last_epoch = self._epoch
         learner = self._learners.get(run.key)
         run.released = learner is not None and learner.method.is_done(self._layers(run), share)
         self._warn_of_dead_layers(run)
+
+    def _agree(self, when: str, names: Sequence[str]) -> None:
+        """Raise unless every process has the same masks.
+
+        Raises:
+            RuntimeError: Naming the parameter and the processes.
+        """
+        found = gather_from_ranks(lambda: self.masks.hashes(names))
+        for rank, hashes in enumerate(found):
+            for name, mine, first in zip(names, hashes, found[0], strict=True):
+                if mine != first:
+                    raise RuntimeError(
+                        f"{name}: {when} the mask of rank {rank} is not that of rank 0. Masks "
+                        "follow from weights, gradients and seeds, so one of these differs "
+                        "between the processes: look for code that runs on one rank only and "
+                        "changes weights or gradients, and for a seed= of its own on each rank."
+                    )
 
     def _with_gradient(self, run: Run, layers: Layers) -> Layers:
         """The layers that have what an update of them reads."""
@@ -649,7 +712,8 @@ class Engine:
         """All that a resumed run needs."""
         saved = state.save(self.masks, self._assignments, self.owners, self.runs, self.seed)
         learners = {key: learner.state_dict() for key, learner in self._learners.items()}
-        return {**saved, "learners": learners}
+        storage = {} if self.storage is None else self.storage.state_dict()
+        return {**saved, "learners": learners, "storage": storage}
 
     def compare(self, saved: dict[str, Any]) -> None:
         """Raise if a saved state is of another training.

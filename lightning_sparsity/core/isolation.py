@@ -50,7 +50,7 @@ def isolated(model: nn.Module, data: Any, *, dtype: torch.dtype, seed: int) -> I
     state = rng_state()
     copies: dict[int, Any] = {}
     try:
-        _seed(seed)
+        seed_all(seed)
         for module in modules:
             own = {id(space) for space in _spaces(module)}
             for name, value in list(vars(module).items()):
@@ -109,7 +109,8 @@ def _is_scripted(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule)
 
 
-def _seed(seed: int) -> None:
+def seed_all(seed: int) -> None:
+    """Seed the global generators of torch, Python and NumPy (if imported)."""
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():  # or else the seed would wait for CUDA to start
         torch.cuda.manual_seed_all(seed)

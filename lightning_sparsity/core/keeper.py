@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,16 +16,22 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_sparsity.core.engine import Engine
-from lightning_sparsity.core.filters import plain_name
+from lightning_sparsity.core.filters import candidates, plain_name, select
+from lightning_sparsity.core.intact import Checked
+from lightning_sparsity.core.layer import errors_of
+from lightning_sparsity.core.learner import LearnedMethod
 from lightning_sparsity.core.masks import Masks
-from lightning_sparsity.core.plan import assign
+from lightning_sparsity.core.parameter import SparseParameter
+from lightning_sparsity.core.plan import Assignment, assign
 from lightning_sparsity.core.randomness import default_seed, set_rng_state
 from lightning_sparsity.core.run import Run
+from lightning_sparsity.core.shards import local
 from lightning_sparsity.core.state import mask_weights
+from lightning_sparsity.core.storage import IGNORED_BY_DDP, Storage, StoragePolicy
 from lightning_sparsity.core.view import ModelView
 from lightning_sparsity.ops.masked import apply_gate
 
-_REFUSED_STRATEGIES = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
+_REFUSED_STRATEGIES = {"FSDPStrategy", "DeepSpeedStrategy"}
 
 
 class MaskKeeper(Callback):
@@ -58,6 +64,7 @@ class MaskKeeper(Callback):
             saving = [isinstance(c, Checkpoint) for c in _callbacks(trainer)]
             place = saving.index(True) if any(saving) else len(saving)
             _callbacks(trainer).insert(place, keeper)
+        Checked.add(trainer)
         return keeper
 
     @property
@@ -80,6 +87,7 @@ class MaskKeeper(Callback):
         self._model = weakref.ref(pl_module)
         _refuse(trainer)
         assignments, parameters = assign(pl_module, _callbacks(trainer))
+        _refuse_shards(assignments, parameters)
         self._engine = Engine(
             assignments,
             parameters,
@@ -91,7 +99,9 @@ class MaskKeeper(Callback):
             loss_scale=partial(_loss_scale, trainer),
             is_manual=not pl_module.automatic_optimization,
             averages=partial(_averages, trainer),
+            record_scale=partial(_record_scale, trainer),
         )
+        self._prepare_storage(trainer, pl_module)
         if self._restored:
             self._engine.compare(self._restored)
             if self._rng_is_due:
@@ -106,6 +116,7 @@ class MaskKeeper(Callback):
         engine.open_windows(
             trainer.estimated_stepping_batches, trainer.max_epochs or -1, strict=not dev_run
         )
+        storage = self._restored.get("storage", {})
         if self._restored:
             engine.restore(self._restored)
             self._put_averages_back(trainer)
@@ -119,19 +130,42 @@ class MaskKeeper(Callback):
                 engine.warn_of_idle_methods()
         engine.enforce()
         self._mask_averages(trainer)
+        if engine.storage is not None:
+            engine.storage.start(storage)
         for callback in _callbacks(trainer):
             if callable(announce := getattr(callback, "on_masks_ready", None)):
                 announce(trainer, pl_module, self)
 
+    def _prepare_storage(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the callback that compresses weights."""
+        policies = [c for c in _callbacks(trainer) if isinstance(c, StoragePolicy)]
+        if not policies:
+            return
+        pool = candidates(pl_module)
+        with errors_of("SparseCompute"):
+            chosen = select(pool, policies[0].include, policies[0].exclude)
+        self._running.storage = Storage(
+            policies[0],
+            self._running.masks,
+            modules=list(pl_module.modules()),
+            optimizers=lambda: trainer.optimizers,
+            chosen={c.name for c in chosen},
+            broadcast=trainer.strategy.broadcast,
+            is_busy=self._running.is_learned,
+        )
+        self._running.storage.share(getattr(pl_module, IGNORED_BY_DDP, ()))
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Hand everything back. The state stays, for another ``fit`` of the same model."""
         self._release()
+        Checked.remove(trainer)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Hand everything back."""
         self._release()
+        Checked.remove(trainer)
 
     def _release(self) -> None:
         self._restored = self.state_dict()
@@ -156,6 +190,8 @@ class MaskKeeper(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Read what the methods need from the dense gradients, then mask them."""
+        if self._running.storage is not None:
+            self._running.storage.average(optimizer)
         self._running.before_step(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -188,6 +224,8 @@ class MaskKeeper(Callback):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._running.warn_of_unfinished_ramps()
             self._running.warn_of_dead_layers()
+        if self._running.storage is not None:
+            self._running.storage.finish()
 
     def _mask_averages(self, trainer: pl.Trainer) -> None:
         """Mask the running averages of averaging callbacks, when the masks have changed.
@@ -199,7 +237,7 @@ class MaskKeeper(Callback):
         self._changes = masks.changes
         for weights in _averages(trainer):
             sparse = [p for p in masks if p.name in weights and not p.is_latent and not p.is_dense]
-            apply_gate([weights[p.name] for p in sparse], [p.gate for p in sparse])
+            apply_gate([local(weights[p.name]) for p in sparse], [p.gate for p in sparse])
 
     @torch.no_grad()
     def _put_averages_back(self, trainer: pl.Trainer) -> None:
@@ -249,7 +287,12 @@ class MaskKeeper(Callback):
         In mid-training it is applied: a search for a learning rate puts back what it found.
         """
         if self._engine is not None and self._engine.has_begun:
+            storage = self._engine.storage
+            if storage is not None:
+                storage.release()
             self._engine.restore(state_dict)
+            if storage is not None:
+                storage.start(state_dict.get("storage", {}))
             return
         self._restored = dict(state_dict)
         self._rng_is_due = True
@@ -313,9 +356,24 @@ def _refuse(trainer: pl.Trainer) -> None:
     names = {kind.__name__ for kind in type(trainer.strategy).__mro__}
     for name in names & _REFUSED_STRATEGIES:
         raise MisconfigurationException(
-            f"Sparse training under {name} is not supported, as it splits the weights over "
-            'processes. Use Trainer(strategy="ddp").'
+            f"Sparse training under {name} is not supported, as it flattens the weights. Use "
+            'Trainer(strategy="ddp"), or ModelParallelStrategy (FSDP2) for large models.'
         )
+
+
+def _refuse_shards(
+    assignments: Sequence[Assignment], parameters: Sequence[SparseParameter]
+) -> None:
+    """Refuse methods that cannot work on weights which lie in parts on several processes."""
+    sharded = {kept.name for kept in parameters if kept.is_sharded}
+    for a in assignments:
+        mine = sharded & set(a.names)
+        if mine and isinstance(a.method, LearnedMethod):
+            raise MisconfigurationException(
+                f"{a.key} learns masks of whole weights, and {min(mine)} lies in parts on several "
+                'processes. Use Trainer(strategy="ddp"), or a method whose weights are zero off '
+                "the mask, such as GMP."
+            )
 
 
 def _loss_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
@@ -323,6 +381,12 @@ def _loss_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     fused = getattr(optimizer, "_step_supports_amp_scaling", False)
     return float(scaler.get_scale()) if scaler is not None and fused else 1.0
+
+
+def _record_scale(trainer: pl.Trainer) -> float:
+    """The factor that a GradScaler leaves in the gradients of activations."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return float(scaler.get_scale()) if scaler is not None else 1.0
 
 
 def _only_we_touch_gradients(module: pl.LightningModule) -> bool:

@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lightning_sparsity.core.live import Live
 from lightning_sparsity.structures import Layout, Structure, Unstructured
 
 
@@ -81,6 +82,24 @@ class Layer:
     def reduce(self, score: Tensor) -> Tensor:
         """Sum a per-weight score over each unit: ``(size,)``."""
         return self.structure.reduce(score, self.layout)
+
+    def ranked(self, score: Tensor, among: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A per-weight score by unit, to choose among some units.
+
+        Args:
+            score: Shape of the weight.
+            among: The units to choose among, ``(size,)`` bool.
+
+        Returns:
+            Scores, and which of them count; and None, as both are ``(size,)``, or the units that
+            they belong to, if the score is known at live weights alone and no other counts.
+        """
+        if isinstance(score, Live) and isinstance(self.structure, Unstructured):
+            places = score.positions
+            there = among[places]
+            if int(there.count_nonzero()) == int(among.count_nonzero()):
+                return score.values_there, there, places
+        return self.reduce(score), among, None
 
     def with_units(self, units: Tensor) -> Layer:
         """This layer with the mask whose live units are ``units``, ``(size,)`` bool."""

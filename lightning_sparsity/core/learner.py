@@ -33,6 +33,8 @@ class LearnedMethod(Protocol):
         derived: Whether weight and mask are functions of the latent weight and the slots. If
             not, the mask is stored, and the layer computes with the latent weight times it.
         dense_gradients: Whether latent weights off the mask get a gradient.
+        latent: Whether layers compute with other weights than their parameters. If not, the
+            method turns gradients, and is in place.
         role: A "reparametrization" is derived, but for the mask, which others store.
     """
 
@@ -40,6 +42,7 @@ class LearnedMethod(Protocol):
     trained: Sequence[str]
     derived: bool
     dense_gradients: bool
+    latent: bool
 
     def effective(self, layer: Layer) -> Tensor:
         """Of a derived method: what the layer computes with in training."""
@@ -56,6 +59,17 @@ class LearnedMethod(Protocol):
 
     def support(self, layer: Layer) -> Tensor:
         """Of a derived method: where :meth:`evaluated` is not zero by design; bool."""
+        ...
+
+    def together(self, layers: Iterable[Layer]) -> Iterable[Layer]:
+        """Look at all layers of a step before :meth:`gradients` takes them one by one.
+
+        Args:
+            layers: Those of one optimizer that have a gradient, as :meth:`gradients` gets them.
+
+        Returns:
+            As many, in the same order; they may be changed, the model is not.
+        """
         ...
 
     def gradients(self, layer: Layer) -> Mapping[str, Tensor | None]:
@@ -134,20 +148,24 @@ class Learner:
     def start(self, parameters: Iterable[SparseParameter]) -> None:
         """As :meth:`begin`, with slots that have settled."""
         for kept in parameters:
-            effective = EffectiveWeight(
-                kept.parameter,
-                renew=partial(self._renew, kept),
-                evaluate=partial(self._evaluated, kept),
-                constant=not self.method.evaluates_apart,
-            )
-            effective.install(self._modules)
-            in_place = self.method.role == "reparametrization"
-            own = self.method.derived and not in_place
-            support = partial(self._support, kept) if own else None
-            kept.compute_with(effective, self.method.dense_gradients, support, in_place)
+            if self.method.latent:
+                self._install(kept)
             self.active[kept.name] = kept
             if self.method.trained:
                 self._train([kept.slots[slot] for slot in self.method.trained], kept.name)
+
+    def _install(self, kept: SparseParameter) -> None:
+        effective = EffectiveWeight(
+            kept.parameter,
+            renew=partial(self._renew, kept),
+            evaluate=partial(self._evaluated, kept),
+            constant=not self.method.evaluates_apart,
+        )
+        effective.install(self._modules)
+        in_place = self.method.role == "reparametrization"
+        own = self.method.derived and not in_place
+        support = partial(self._support, kept) if own else None
+        kept.compute_with(effective, self.method.dense_gradients, support, in_place)
 
     def _train(self, tensors: list[Tensor], name: str) -> None:
         group: dict[str, Any] = {"params": tensors, "name": name}
@@ -163,7 +181,8 @@ class Learner:
         self.outdate(names)
         for name in names:
             kept = self.active.pop(name)
-            assert kept.effective is not None
+            if kept.effective is None:
+                continue
             weight, mask = kept.effective.evaluated(), kept.mask
             kept.effective.remove()
             kept.compute_with(None)
@@ -192,14 +211,12 @@ class Learner:
             scale: Factor of a GradScaler that is still in the gradients.
             decays: Weight decay of each parameter, by its ``id``.
         """
-        for kept in self._mine(parameters):
-            grad = kept.parameter.grad
-            if grad is None:
-                continue
-            unscaled = grad.detach() / scale if scale != 1 else grad.detach()
-            decay = decays.get(id(kept.parameter))
-            dense = _off_barred(unscaled, kept.slots)
-            layer = kept.layer(dense, weight_decay=decay, fresh=False)
+        moving = [(p, p.parameter.grad) for p in self._mine(parameters)]
+        mine = [(kept, grad) for kept, grad in moving if grad is not None]
+        if not mine:
+            return
+        layers = (self._with_gradient(kept, grad, scale, decays) for kept, grad in mine)
+        for (kept, grad), layer in zip(mine, self.method.together(layers), strict=True):
             found = self.method.gradients(layer)
             self._pending[kept.name] = {
                 slot: grad for slot, grad in found.items() if slot != "weight" and grad is not None
@@ -212,6 +229,14 @@ class Learner:
             still = self.method.frozen(layer)
             if still is not None:
                 self._held[kept.name] = (still, kept.parameter.detach().clone())
+
+    def _with_gradient(
+        self, kept: SparseParameter, grad: Tensor, scale: float, decays: Mapping[int, float]
+    ) -> Layer:
+        unscaled = grad.detach() / scale if scale != 1 else grad.detach()
+        decay = decays.get(id(kept.parameter))
+        dense = _off_barred(unscaled, kept.slots)
+        return kept.layer(dense, weight_decay=decay, fresh=False)
 
     @torch.no_grad()
     def after_step(
@@ -308,10 +333,13 @@ class Learner:
     # --------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """The latent weights and the private optimizer's state; slots are saved by others."""
+        """The latent weights and the private optimizer's state; slots are saved by others.
+
+        Of weights in place only the names.
+        """
         return {
             "latent": {
-                name: kept.parameter.detach().to("cpu", copy=True)
+                name: kept.parameter.detach().to("cpu", copy=True) if self.method.latent else None
                 for name, kept in self.active.items()
             },
             "optimizer": None if self._optimizer is None else self._optimizer.state_dict(),
@@ -326,6 +354,9 @@ class Learner:
         """
         self.hand_back(list(self.active))
         mine = [parameters[name] for name in state["latent"]]
+        if not self.method.latent:
+            self.start(mine)
+            return
         found = [kept.parameter.detach().clone() for kept in mine]
         for kept in mine:
             kept.parameter.copy_(state["latent"][kept.name])

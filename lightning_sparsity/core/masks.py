@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_sparsity.core.compressed import CompressedWeight
 from lightning_sparsity.core.layer import Layer, Layers
 from lightning_sparsity.core.parameter import SparseParameter
+from lightning_sparsity.core.shards import local, part_of
+from lightning_sparsity.ops.fingerprint import fingerprint
 from lightning_sparsity.ops.masked import apply_gate
 
 
@@ -81,21 +84,23 @@ class Masks:
         self, layer: Layer, kept: SparseParameter, optimizers: Sequence[Optimizer], latent: bool
     ) -> None:
         changed = layer.mask is not kept.mask
+        if kept.compressed is not None:
+            _move(kept, kept.compressed, layer, optimizers)
+        elif not kept.is_view(layer.weight):
+            kept.write(layer.weight)
         if changed:
             kept.set_mask(layer.mask)
-        if layer.weight.data_ptr() != kept.parameter.data_ptr():
-            kept.parameter.copy_(layer.weight)
         bias = kept.bias
         if layer.bias is not None and bias is not None and layer.bias.data_ptr() != bias.data_ptr():
-            bias.copy_(layer.bias)
+            local(bias).copy_(part_of(layer.bias, bias))
         if layer.slots is not kept.slots:
             kept.slots = dict(layer.slots)
-        if latent or kept.is_latent:  # what is off its mask may come back
-            return
+        if latent or kept.is_latent or kept.compressed is not None:
+            return  # what is off the mask may come back, or is not there
         # State off the old mask is zero already, so the new mask clears all but survivors.
         state = [t for o in optimizers for t in optimizer_state(kept, o)] if changed else []
         if not kept.is_dense:
-            apply_gate([kept.parameter, *state], [kept.gate] * (1 + len(state)))
+            apply_gate([local(kept.parameter), *state], [kept.gate] * (1 + len(state)))
 
     @torch.no_grad()
     def enforce(
@@ -107,10 +112,10 @@ class Masks:
         """
         tensors, gates = [], []
         for kept in parameters:
-            if kept.is_latent or kept.is_dense:
+            if kept.is_latent or kept.is_dense or kept.compressed is not None:
                 continue
             state = optimizer_state(kept, optimizer) if optimizer is not None else []
-            tensors += [kept.parameter, *state]
+            tensors += [local(kept.parameter), *state]
             gates += [kept.gate] * (1 + len(state))
         apply_gate(tensors, gates)
 
@@ -121,11 +126,16 @@ class Masks:
             p
             for p in parameters
             if p.parameter.grad is not None and not p.dense_gradients and not p.is_dense
+            if p.compressed is None
         ]
         apply_gate(
-            [p.parameter.grad for p in sparse if p.parameter.grad is not None],
+            [local(p.parameter.grad) for p in sparse if p.parameter.grad is not None],
             [p.gate for p in sparse],
         )
+
+    def hashes(self, names: Iterable[str]) -> list[int]:
+        """A 64-bit hash of each mask, made in one cheap pass; equal masks have equal ones."""
+        return [fingerprint(self[name].mask) for name in names]
 
     def digest(self) -> str:
         """A short hash of all masks, equal exactly when the masks are."""
@@ -136,10 +146,39 @@ class Masks:
         return total.hexdigest()
 
 
+def _move(
+    kept: SparseParameter,
+    compressed: CompressedWeight,
+    layer: Layer,
+    optimizers: Sequence[Optimizer],
+) -> None:
+    """Let compressed values, their gradient and their optimizer state follow to a new mask."""
+    written = None if kept.is_view(layer.weight) else layer.weight.clone()
+    if layer.mask is not kept.mask:
+        resize(kept, compressed.follow(layer.mask), optimizers)
+    if written is not None:
+        kept.write(written)
+
+
+def resize(
+    kept: SparseParameter, carried: Callable[[Tensor], Tensor], optimizers: Iterable[Optimizer]
+) -> None:
+    """Replace a parameter's values, its gradient and its optimizer state by what is carried."""
+    parameter, grad = kept.parameter, kept.parameter.grad
+    parameter.grad = None  # torch compares its shape with the parameter's
+    for optimizer in optimizers:
+        state = optimizer.state.get(parameter, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[key] = carried(value)
+    parameter.data = carried(parameter.detach())
+    parameter.grad = None if grad is None else carried(grad)
+
+
 def optimizer_state(parameter: SparseParameter, optimizer: Optimizer) -> list[Tensor]:
-    """The tensors of an optimizer's state that have one entry per weight."""
+    """The tensors of an optimizer's state with one entry per weight, or the part here."""
     return [
-        value
+        local(value)
         for value in optimizer.state.get(parameter.parameter, {}).values()
         if isinstance(value, Tensor) and value.shape == parameter.parameter.shape
     ]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from lightning_sparsity.core.compressed import CompressedWeight
 from lightning_sparsity.core.effective import EffectiveWeight
 from lightning_sparsity.core.filters import Candidate
 from lightning_sparsity.core.layer import Layer
+from lightning_sparsity.core.live import Formed
+from lightning_sparsity.core.shards import formed, is_sharded, local, part_of, whole
 from lightning_sparsity.ops.masked import gate
 from lightning_sparsity.structures import Structure
 
@@ -22,6 +27,9 @@ class SparseParameter:
     keeps zeros. *Straight-through*: the layer computes with the latent parameter times the
     stored mask. *Derived*: it computes with a function of the parameter and of slots, and the
     mask is where that is not zero by design.
+
+    The parameter of a weight in place may hold the live values alone
+    (:class:`~lightning_sparsity.core.compressed.CompressedWeight`).
 
     Monitors, scores and export read ``name``, ``weight``, ``mask``, ``density`` and
     ``slots``; only :class:`~lightning_sparsity.core.masks.Masks` and
@@ -38,7 +46,9 @@ class SparseParameter:
         parameter: The parameter itself.
         module: The layer that holds it.
         slots: Tensors that a method keeps for this weight.
+        shape: Of the weight.
         effective: What the layer computes with; None: the parameter.
+        compressed: How the parameter holds the live values alone; None: it is dense.
         is_latent: Whether the parameter may live off the mask: the kinds that are not in place.
         dense_gradients: Whether the parameter gets gradients off its mask.
     """
@@ -54,29 +64,81 @@ class SparseParameter:
         self.structure = structure
         self.place = place
         self.slots: dict[str, Tensor] = {}
+        self.shape = tuple(candidate.parameter.shape)
         self.effective: EffectiveWeight | None = None
+        self.compressed: CompressedWeight | None = None
         self.is_latent = False
         self.dense_gradients = False
         self._support: Callable[[], Tensor] | None = None
-        self._mask = torch.ones_like(candidate.parameter, dtype=torch.bool)
+        parameter = candidate.parameter
+        if is_sharded(parameter):
+            self._mask = torch.ones(self.shape, dtype=torch.bool, device=parameter.device)
+        else:
+            self._mask = torch.ones_like(parameter, dtype=torch.bool)
+        self._gathered = formed(parameter) if is_sharded(parameter) else None
         self._mask_is_stale = False
+        self._seen_mask: weakref.ref[Tensor] | None = None
         self._live: int | None = None
         self._gate: Tensor | None = None
         self._gate_is_stale = True
 
     @property
     def weight(self) -> Tensor:
-        """The weight of validation and files, detached."""
-        return self.parameter.detach() if self.effective is None else self.effective.evaluated()
+        """The weight of validation and files, detached and whole; call it on all processes."""
+        stand_in = self.effective or self.compressed
+        return whole(self.parameter) if stand_in is None else stand_in.evaluated()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the parameter lies in parts on several processes."""
+        return self._gathered is not None
+
+    @property
+    def view(self) -> Tensor:
+        """The weight as rules see it: the parameter itself, detached, if it is dense and whole."""
+        if self.compressed is not None:
+            return self.compressed.view
+        return self.parameter.detach() if self._gathered is None else self._gathered
+
+    def is_view(self, weight: Tensor) -> bool:
+        """Whether a rule has left the weight as it was."""
+        if isinstance(weight, Formed):
+            return weight is self.view
+        return self.compressed is None and weight.data_ptr() == self.parameter.data_ptr()
+
+    @torch.no_grad()
+    def write(self, weight: Tensor) -> None:
+        """Replace the weight, of its shape; what is off a compressed weight's mask is not kept."""
+        if self.compressed is not None:
+            self.compressed.load(weight)
+        else:
+            local(self.parameter).copy_(part_of(weight, self.parameter))
+
+    @property
+    def values(self) -> Tensor:
+        """The live weights of validation and files, ``(live,)``, in row-major order."""
+        if self.compressed is not None:
+            return self.parameter.detach()
+        return self.weight[self.mask]
 
     @property
     def computed(self) -> Tensor:
         """What the layer computes with in training, detached."""
-        return self.parameter.detach() if self.effective is None else self.effective.value
+        return self.weight if self.effective is None else self.effective.value
 
     @property
     def mask(self) -> Tensor:
-        """Same shape, bool, True = live. Its identity never changes."""
+        """Same shape, bool, True = live.
+
+        Its identity never changes, but for compressed weights: that of these is made from their
+        pattern when somebody looks, and lives as long as somebody holds it.
+        """
+        if self.compressed is not None:
+            mask = self._seen_mask() if self._seen_mask is not None else None
+            if mask is None:
+                mask = self.compressed.mask()
+                self._seen_mask = weakref.ref(mask)
+            return mask
         if self._mask_is_stale and self._support is not None:
             self._mask_is_stale = False
             self.set_mask(self._support())
@@ -91,16 +153,18 @@ class SparseParameter:
     @property
     def numel(self) -> int:
         """Number of weights, live or not."""
-        return self.parameter.numel()
+        return math.prod(self.shape)
 
     @property
     def size(self) -> int:
         """Number of units, live or not (weights, if unstructured)."""
-        return self.structure.size(tuple(self.parameter.shape), self.layout)
+        return self.structure.size(self.shape, self.layout)
 
     @property
     def live(self) -> int:
         """Number of live weights."""
+        if self.compressed is not None:
+            return self.compressed.pattern.nnz
         mask = self.mask
         if self._live is None:
             self._live = int(mask.count_nonzero())
@@ -118,20 +182,36 @@ class SparseParameter:
 
     @property
     def gate(self) -> Tensor:
-        """The mask as bits that zero a tensor of the weight's dtype (see ``ops.masked``)."""
-        mask = self.mask
+        """The mask as bits that zero a tensor of the weight's dtype (see ``ops.masked``).
+
+        Of a sharded weight, for the part of this process.
+        """
+        mask = part_of(self.mask, self.parameter)
         if self._gate is None:
-            self._gate = gate(mask, self.parameter)
+            self._gate = gate(mask, local(self.parameter))
         elif self._gate_is_stale:
             self._gate.copy_(mask).neg_()
         self._gate_is_stale = False
         return self._gate
 
     def set_mask(self, mask: Tensor) -> None:
-        """Overwrite the mask in place."""
-        self._mask.copy_(mask)
+        """Overwrite the mask in place; of a compressed weight, which has it, only take note."""
+        self._seen_mask = None
+        if self.compressed is None:
+            self._mask.copy_(mask)
         self._mask_is_stale = False
         self._live = None
+        self._gate_is_stale = True
+
+    def store(self, compressed: CompressedWeight | None) -> None:
+        """Let the parameter hold live values alone, or be dense again; whoever calls moves them."""
+        if compressed is None:
+            self._mask = self.mask
+        else:
+            self._mask = torch.empty(0, dtype=torch.bool)
+        self.compressed, self._seen_mask = compressed, None
+        self._live = None
+        self._gate = None
         self._gate_is_stale = True
 
     def compute_with(
@@ -168,7 +248,7 @@ class SparseParameter:
         weight_decay: float | None = None,
         fresh: bool = True,
     ) -> Layer:
-        """The frozen view that rules work on; ``weight`` is the parameter itself.
+        """The frozen view that rules work on; ``weight`` is the parameter itself, if dense.
 
         Args:
             grad: Gradient of the loss by what the layer computes with.
@@ -180,20 +260,19 @@ class SparseParameter:
         """
         return Layer(
             name=self.name,
-            weight=self.parameter.detach(),
-            mask=self.mask if fresh else self._mask,
+            weight=self.view,
+            mask=self.mask if fresh or self.compressed is not None else self._mask,
             grad=grad,
             slots=self.slots,
             statistics=statistics or {},
             structure=self.structure,
             layout=self.layout,
             generator=generator,
-            bias=None if self.bias is None else self.bias.detach(),
+            bias=None if self.bias is None else whole(self.bias),
             lr=lr,
             weight_decay=weight_decay,
             place=self.place,
         )
 
     def __repr__(self) -> str:
-        shape = tuple(self.parameter.shape)
-        return f"SparseParameter({self.name}, {shape}, density={self.density:.4g})"
+        return f"SparseParameter({self.name}, {self.shape}, density={self.density:.4g})"

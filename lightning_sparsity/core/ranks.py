@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -14,8 +16,21 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The sum of a tensor over all processes, the same bits on each; itself if there is one."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not _are_several():
         return tensor
     total = tensor.clone()
     dist.all_reduce(total)
     return total
+
+
+def gather_from_ranks(make: Callable[[], list[int]]) -> list[list[int]]:
+    """What every process makes, first rank first; nothing is made if there is only one."""
+    if not _are_several():
+        return []
+    found: list[list[int]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(found, make())
+    return found
+
+
+def _are_several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -14,6 +14,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from lightning_sparsity.core.capture import Capture
 from lightning_sparsity.core.method import Method, Share
 from lightning_sparsity.core.parameter import SparseParameter
+from lightning_sparsity.core.shards import local
 from lightning_sparsity.core.window import Steps
 
 # With these optimizers a weight whose value, gradient and state are zero stays zero, so
@@ -66,6 +67,9 @@ class Owner:
         """Let go of what was kept for one step."""
         self.kept, self.observed = {}, {}
         self.masked = self.moving = False
+        for kept in self.parameters:
+            if kept.compressed is not None:
+                kept.compressed.record(False)
         if self.capture is not None:
             self.capture.close()
             self.capture = None
@@ -122,7 +126,8 @@ class Owner:
         return self._seen != self._look()
 
     def _look(self) -> list[tuple[int, int]]:
-        return [(p.parameter._version, p.parameter.data_ptr()) for p in self.stepping]
+        parts = (local(p.parameter) for p in self.stepping)
+        return [(part._version, part.data_ptr()) for part in parts]
 
 
 @dataclass(eq=False)

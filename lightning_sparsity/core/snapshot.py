@@ -16,10 +16,10 @@ def take(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
         Tensors and plain Python only, so that a checkpoint may hold it.
     """
     return {
-        "module": _copied(module.state_dict(keep_vars=True)),  # latent weights as they are
-        "optimizers": [_copied(optimizer.state_dict()) for optimizer in trainer.optimizers],
+        "module": copied(module.state_dict(keep_vars=True)),  # latent weights as they are
+        "optimizers": [copied(optimizer.state_dict()) for optimizer in trainer.optimizers],
         "schedulers": [
-            _copied(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs
+            copied(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs
         ],
     }
 
@@ -47,7 +47,7 @@ def put_back(
     if optimizers:
         for optimizer, state in zip(trainer.optimizers, snapshot["optimizers"], strict=True):
             newer = [dict(group) for group in optimizer.param_groups]
-            optimizer.load_state_dict(_copied(state))
+            optimizer.load_state_dict(copied(state))
             for group, options in zip(optimizer.param_groups, newer, strict=True):
                 for name in options.keys() - group.keys():  # such as those of a later schedule
                     group[name] = options[name]
@@ -55,15 +55,15 @@ def put_back(
         kinds = [scheduler.state_dict().keys() for scheduler in schedulers]
         if kinds == [state.keys() for state in snapshot["schedulers"]]:
             for scheduler, state in zip(schedulers, snapshot["schedulers"], strict=True):
-                scheduler.load_state_dict(_copied(state))
+                scheduler.load_state_dict(copied(state))
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
     """A copy whose tensors lie on the CPU and are shared with nothing."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
+        return {key: copied(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_copied(item) for item in value)
+        return type(value)(copied(item) for item in value)
     return value

@@ -5,7 +5,8 @@ Tensors and plain Python only, so that ``torch.load(weights_only=True)`` reads i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +16,11 @@ from lightning_sparsity.core.method import Share
 from lightning_sparsity.core.plan import Assignment
 from lightning_sparsity.core.randomness import rng_state
 from lightning_sparsity.core.run import Owner, Run
+from lightning_sparsity.core.shards import is_sharded
 from lightning_sparsity.ops.packing import pack, unpack
+
+VERSION = 1
+"""Of the form of what is saved."""
 
 
 def save(
@@ -27,14 +32,14 @@ def save(
 ) -> dict[str, Any]:
     """Everything that a resumed run needs, masks at one bit per weight."""
     return {
-        "version": 1,
+        "version": VERSION,
         "seed": seed,
         "rng": rng_state(),
         "methods": [_describe(a) for a in assignments],
         "parameters": {
             kept.name: {
                 "aliases": kept.aliases,
-                "shape": tuple(kept.parameter.shape),
+                "shape": kept.shape,
                 "structure": repr(kept.structure),
                 "mask": pack(kept.mask).cpu(),
                 "slots": {key: tensor.detach().cpu() for key, tensor in kept.slots.items()},
@@ -54,7 +59,9 @@ def differences(
     runs: Sequence[Run],
 ) -> list[str]:
     """What differs between a saved state and the run that should take it; one line each."""
-    now = {p.name: (tuple(p.parameter.shape), repr(p.structure)) for p in masks}
+    if state["version"] != VERSION:
+        return [f"form of the state: version {state['version']} in the checkpoint, {VERSION} now"]
+    now = {p.name: (p.shape, repr(p.structure)) for p in masks}
     then = {
         name: (tuple(saved["shape"]), saved["structure"])
         for name, saved in state["parameters"].items()
@@ -63,6 +70,11 @@ def differences(
         f"{name}: {_said(then.get(name))} in the checkpoint, {_said(now.get(name))} now"
         for name in {**then, **now}
         if then.get(name) != now.get(name)
+    ]
+    found += [
+        f"{name}: {saved['mask'].numel()} bytes of mask in the checkpoint, {-(-size // 8)} now"
+        for name, saved in state["parameters"].items()
+        if saved["mask"].numel() != -(-(size := math.prod(saved["shape"])) // 8)
     ]
     methods = [_describe(a) for a in assignments]
     if methods != state["methods"]:
@@ -92,12 +104,18 @@ def restore(
         run.share = Share(**saved["share"]) if saved["share"] else None
 
 
+def replace_masks(state: dict[str, Any], masks: Mapping[str, Tensor]) -> None:
+    """Replace masks in a saved state, in place."""
+    for name, mask in masks.items():
+        state["parameters"][name]["mask"] = pack(mask).cpu()
+
+
 def mask_weights(state: dict[str, Any], weights: dict[str, Tensor]) -> None:
     """Replace what is in ``weights``, by name, by copies that are zero off the saved masks."""
     for saved in state.get("parameters", {}).values():
         mask = unpack(saved["mask"], saved["shape"])
         for name in saved["aliases"]:
-            if name in weights and not mask.all():
+            if name in weights and not mask.all() and not is_sharded(weights[name]):
                 off = ~mask.to(weights[name].device)
                 weights[name] = weights[name].masked_fill(off, 0)
 

@@ -30,6 +30,7 @@ from lightning_sparsity.core.filters import plain_name
 from lightning_sparsity.core.isolation import isolated
 from lightning_sparsity.core.layer import Layer, Layers
 from lightning_sparsity.core.ranks import mean_over_ranks
+from lightning_sparsity.core.shards import is_sharded
 
 LossFunction = Callable[[pl.LightningModule, Any], Tensor]
 """Gets the LightningModule and a batch, and returns the loss, a scalar."""
@@ -96,6 +97,12 @@ class ModelView:
         Yields:
             The copy of the model.
         """
+        if any(is_sharded(p) for p in self._module.parameters()):
+            raise MisconfigurationException(
+                "it passes data through a copy of the model, and the weights lie in parts on "
+                "several processes. Make the masks in a training of one process, and go on from "
+                "its weights with StaticSparse()."
+            )
         seed = self.seed if seed is None else seed
         trained = {plain_name(n) for n, p in self._module.named_parameters() if p.requires_grad}
         device = next((p.device.type for p in self._module.parameters()), "cpu")

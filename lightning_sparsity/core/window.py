@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Literal, TypeGuard
 
@@ -30,6 +30,24 @@ def is_time(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return value >= 0 if isinstance(value, int) else 0 <= value <= 1
+
+
+def check_moment(where: str, value: object) -> None:
+    """Raise unless ``value`` can be a moment of a round of training to go back to.
+
+    Args:
+        where: The call and argument, for the message.
+        value: Good are an int step >= 0 and a float fraction in [0, 1).
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is out of range.
+    """
+    allowed = "an optimizer step (int >= 0) or a fraction of a round (float in [0, 1))"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{where}: must be {allowed}.")
+    if not (value >= 0 if isinstance(value, int) else 0 <= value < 1):
+        raise ValueError(f"{where}: must be {allowed}.")
 
 
 @dataclass(frozen=True)
@@ -128,6 +146,19 @@ class Window:
             ValueError: If a time is a fraction and ``total`` is unknown.
         """
         return Steps(self.every, resolve(self.start, total), resolve(self.end, total), arrives)
+
+
+@dataclass(frozen=True)
+class Ends(Window):
+    """A window with two updates, one where it starts and one where it ends.
+
+    Before step 1 nothing is due: with ``start`` 0 there is one update, at ``end``.
+    """
+
+    def resolve(self, total: float, arrives: bool = False) -> Steps:
+        """This window in steps; see :class:`Window`."""
+        steps = super().resolve(total, arrives=True)
+        return replace(steps, every=max(1, steps.end - steps.start))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from lightning_sparsity import reports
 from lightning_sparsity.callbacks.base import SparsityCallback
 from lightning_sparsity.connectivity import CollapseError
 from lightning_sparsity.core.keeper import MaskKeeper, nobody
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.monitors import tensorboard
 from lightning_sparsity.monitors.watch import Watch
 
@@ -72,7 +73,7 @@ class DensityMonitor(SparsityCallback):
     Raises:
         ValueError: If ``histograms`` is not a positive number of batches, "epoch" or None, or
             ``on_collapse`` is neither "warn" nor "error".
-        TypeError: If ``connectivity`` is not True or False.
+        TypeError: If another argument is not True or False.
         CollapseError: In training, if asked for by ``on_collapse``.
 
     Example::
@@ -89,16 +90,20 @@ class DensityMonitor(SparsityCallback):
         connectivity: bool = False,
         on_collapse: Literal["warn", "error"] = "warn",
     ) -> None:
+        histograms = plain(histograms)
         whole = isinstance(histograms, int) and not isinstance(histograms, bool)
         if not (histograms in (None, "epoch") or (whole and int(histograms) > 0)):
             raise ValueError(
                 f"DensityMonitor(histograms={histograms!r}): must be a positive number of batches, "
                 '"epoch", or None for no histograms.'
             )
-        if not isinstance(connectivity, bool):
-            raise TypeError(
-                f"DensityMonitor(connectivity={connectivity!r}): must be True or False."
-            )
+        for name, flag in (
+            ("per_layer", per_layer),
+            ("print_tables", print_tables),
+            ("connectivity", connectivity),
+        ):
+            if not isinstance(flag, bool):
+                raise TypeError(f"DensityMonitor({name}={flag!r}): must be True or False.")
         if on_collapse not in ("warn", "error"):
             raise ValueError(
                 f'DensityMonitor(on_collapse={on_collapse!r}): must be "warn" or "error".'
@@ -271,11 +276,13 @@ class DensityMonitor(SparsityCallback):
         if step == self._drawn:
             return
         self._drawn = step
-        for writer in tensorboard.writers(trainer):
-            for kept in self._watch.masks:
-                tensorboard.write_histogram(
-                    writer, f"live weights/{kept.name}", kept.weight[kept.mask], step
-                )
+        writers = list(tensorboard.writers(trainer))
+        for kept in self._watch.masks:
+            if writers or kept.is_sharded:  # all processes gather, one writes
+                name, values = f"live weights/{kept.name}", kept.values
+                for writer in writers:
+                    tensorboard.write_histogram(writer, name, values, step)
+        for writer in writers:
             picture = self._watch.history.picture(step, self._watch.tracker.densities)
             if picture is not None:
                 writer.add_image("density of each layer over time", picture, step)

@@ -137,7 +137,7 @@ class MaskTracker:
         """Tensors and plain Python only, one bit per weight."""
         return {
             name: {
-                "shape": tuple(self._masks[name].parameter.shape),
+                "shape": self._masks[name].shape,
                 "fired": track.fired.cpu(),
                 "start": track.start,
                 "dropped": track.dropped,
@@ -153,7 +153,7 @@ class MaskTracker:
         Returns:
             Whether it was.
         """
-        shapes = {kept.name: tuple(kept.parameter.shape) for kept in self._masks}
+        shapes = {kept.name: kept.shape for kept in self._masks}
         if shapes != {name: tuple(saved["shape"]) for name, saved in state.items()}:
             return False
         for name, saved in state.items():

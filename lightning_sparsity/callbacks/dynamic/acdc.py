@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from lightning_sparsity.callbacks.base import MaskCallback
+from lightning_sparsity.core.files import save
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.keeper import MaskKeeper
-from lightning_sparsity.core.layer import Curve, Distribution, Layers
+from lightning_sparsity.core.layer import Distribution, Layers
 from lightning_sparsity.core.masks import Masks
 from lightning_sparsity.core.method import Share
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.window import Interval, Steps
 from lightning_sparsity.distributions import global_by
 from lightning_sparsity.rules import chain, drop, grow
+from lightning_sparsity.schedules import Phases, alternating
 from lightning_sparsity.scores import magnitude, random
 from lightning_sparsity.structures import Structure
-
-Phases = Sequence[tuple[float, float]]
-"""Beginnings and ends, as fractions of the window."""
 
 IMAGENET: Phases = (
     (0.10, 0.15),
@@ -141,7 +138,7 @@ class ACDC(MaskCallback):
         if not each:
             return
         first = steps.start if isinstance(steps.every, int) else 0
-        updates = [first + k * each for k in range(int((steps.end - first) / each + _TINY) + 1)]
+        updates = [first + k * each for k in range(int((steps.end - first) / each + 1e-9) + 1)]
         times = sorted({0.0, *(time for phase in self.phases.compressed for time in phase)})
         wanted = self._changes((a + b) / 2 for a, b in zip(times, times[1:], strict=False))
         made = self._changes(steps.progress(round(step)) for step in updates)
@@ -178,49 +175,15 @@ class ACDC(MaskCallback):
             return
         module, masks = self._network
         if all(masks[name].is_dense for name in share.names):
-            path = Path(self.dense_checkpoint)
-            unfinished = path.with_name(path.name + ".tmp")
-            torch.save(module.state_dict(), unfinished)
-            os.replace(unfinished, path)
-
-
-@dataclass(frozen=True)
-class alternating:
-    """A ramp that is at its final density in compressed phases and dense between them.
-
-    Args:
-        compressed: Beginnings and ends, as fractions of the window.
-    """
-
-    compressed: Phases
-
-    def __call__(self, start: float, end: float) -> Curve:
-        """The schedule; ``start`` is not used, as dense is dense."""
-        return _Alternation(self.compressed, end)
-
-    def are_over(self, progress: float) -> bool:
-        """Whether the last phase has begun."""
-        return progress + _TINY >= self.compressed[-1][0]
-
-
-@dataclass(frozen=True)
-class _Alternation(Curve):
-    compressed: Phases
-    density: float
-
-    def __call__(self, progress: float) -> float:
-        x = progress + _TINY
-        inside = any(begin <= x < end for begin, end in self.compressed)
-        return self.density if inside or progress >= 1 else 1.0
-
-
-_TINY = 1e-9  # fractions such as 0.1 + 0.2 lie beside the steps they mean
+            save(module.state_dict(), Path(self.dense_checkpoint))
 
 
 def _checked(compressed: Phases) -> Phases:
     where = f"ACDC(compressed={compressed!r})"
     try:
-        phases = tuple((float(begin), float(end)) for begin, end in compressed)
+        phases = tuple((plain(begin), plain(end)) for begin, end in compressed)
+        if not all(type(time) in (int, float) for phase in phases for time in phase):
+            raise TypeError
     except (TypeError, ValueError):
         raise TypeError(
             f"{where}: must be pairs of fractions, such as [(0.1, 0.5), (0.8, 1.0)]."

@@ -14,6 +14,7 @@ from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Budget, Curve, Distribution, Layer, Layers, Rule, Verb
 from lightning_sparsity.core.method import Share
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import er
 from lightning_sparsity.ops.selection import top_k
@@ -98,12 +99,11 @@ class DeepR(MaskCallback):
         weight_init: Rule | Verb | None = None,
         seed: int | None = None,
     ) -> None:
-        self._check_amount("l1", l1)
+        self._check_number("l1", l1, 0)
         if callable(temperature) and not isinstance(temperature, type):
-            for progress in (0.0, 0.5, 1.0):
-                self._check_amount("temperature", temperature(progress))
+            self._check_schedule("temperature", temperature, 0)
         elif temperature is not None:
-            self._check_amount("temperature", temperature)
+            self._check_number("temperature", temperature, 0)
         self._check_callable("share", share, "global_by(random, min_per_layer=0)")
         self._check_callable("weight_init", weight_init, "rescale_to_fan_in")
         start = drop(random)
@@ -112,7 +112,7 @@ class DeepR(MaskCallback):
             distribution=distribution,
             default_distribution=er,
             initial=chain(start, weight_init) if weight_init else start,
-            update=rewire(l1, temperature, share),
+            update=rewire(plain(l1), plain(temperature), share),
             update_interval=update_interval,
             update_start=update_start,
             update_end=update_end,
@@ -126,12 +126,6 @@ class DeepR(MaskCallback):
     def begin(self, layers: Layers, share: Share) -> Layers:
         """Make masks, or take over those that were found, and give every position its sign."""
         return [_with_sign(layer) for layer in super().begin(layers, share)]
-
-    def _check_amount(self, name: str, value: object) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"DeepR({name}={value!r}): must be a number >= 0.")
-        if not 0 <= value < math.inf:
-            raise ValueError(f"DeepR({name}={value!r}): must be finite and >= 0.")
 
 
 @dataclass(frozen=True)

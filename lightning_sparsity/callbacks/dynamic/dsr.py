@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,6 +12,7 @@ import torch
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Budget, Distribution, Layer, Layers, Rule, Verb
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import in_proportion, uniform
 from lightning_sparsity.ops.selection import top_k
@@ -136,8 +136,8 @@ class DSR(MaskCallback):
         weight_init: Rule | Verb | None = None,
         seed: int | None = None,
     ) -> None:
-        self._check_target(prune_target)
-        self._check_threshold(threshold)
+        self._check_target(plain(prune_target))
+        self._check_number("threshold", threshold, 0, inside=True)
         self._check_callable("weight_init", weight_init, "rescale_to_fan_in")
         start = drop(random)
         super().__init__(
@@ -146,7 +146,7 @@ class DSR(MaskCallback):
             default_distribution=uniform,
             initial=chain(start, weight_init) if weight_init else start,
             update=exchange(
-                barring(drop_below_threshold(prune_target, threshold)),
+                barring(drop_below_threshold(plain(prune_target), plain(threshold))),
                 grow(random, share=in_proportion(survivors)),
             ),
             update_interval=update_interval,
@@ -167,12 +167,4 @@ class DSR(MaskCallback):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(message)
         if value < 1 if isinstance(value, int) else not 0 < value < 1:
-            raise ValueError(message)
-
-    @staticmethod
-    def _check_threshold(value: object) -> None:
-        message = f"DSR(threshold={value!r}): must be a finite number above 0, such as 1e-3."
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(message)
-        if not 0 < value < math.inf:
             raise ValueError(message)

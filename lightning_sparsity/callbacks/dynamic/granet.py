@@ -123,8 +123,7 @@ class GraNet(MaskCallback):
         self._check_fraction("drop_fraction", drop_fraction)
         self._check_callable("growth", growth, "gradient", optional=False)
         self._check_callable("weight_init", weight_init, "rescale_to_fan_in")
-        if not callable(ramp):
-            raise TypeError(f"GraNet(ramp={ramp!r}): must be a ramp, such as cubic.")
+        self._check_arrives(ramp)
         fraction = (
             drop_fraction
             if callable(drop_fraction)
@@ -132,8 +131,9 @@ class GraNet(MaskCallback):
         )
         if initial_density is None:
             end = structure.density if isinstance(structure, NM) else density
-            self._check("density", end or 0.5, low_open=True)
-            initial_density = max(0.5, end or 0.5)
+            end = 0.5 if end is None else end
+            self._check("density", end, low_open=True)
+            initial_density = max(0.5, end)
         start = drop(random)
         super().__init__(
             density=density,

@@ -12,6 +12,7 @@ from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.apportion import apportion, fill
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Budget, Curve, Distribution, Layer, Layers, Rule, Verb
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.window import Interval
 from lightning_sparsity.ops.selection import sample, top_n_per_group
 from lightning_sparsity.rules import barring, chain, drop, grow
@@ -138,7 +139,7 @@ class GSE(MaskCallback):
         seed: int | None = None,
     ) -> None:
         self._check_fraction("drop_fraction", drop_fraction)
-        self._check_candidates(candidate_fraction)
+        self._check_number("candidate_fraction", candidate_fraction, 0)
         self._check_callable("weight_init", weight_init, "rescale_to_fan_in")
         fraction = drop_fraction if callable(drop_fraction) else cosine(drop_fraction)
         start = drop(random)
@@ -148,7 +149,9 @@ class GSE(MaskCallback):
             default_distribution=er_of_links,
             initial=chain(start, weight_init) if weight_init else start,
             update=chain(
-                barring(drop(magnitude, fraction)), explore(candidate_fraction), grow(gradient)
+                barring(drop(magnitude, fraction)),
+                explore(plain(candidate_fraction)),
+                grow(gradient),
             ),
             update_interval=update_interval,
             update_start=update_start,
@@ -158,11 +161,3 @@ class GSE(MaskCallback):
             structure=structure,
             seed=seed,
         )
-
-    @staticmethod
-    def _check_candidates(value: object) -> None:
-        message = f"GSE(candidate_fraction={value!r}): must be a finite number >= 0, such as 1.0."
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(message)
-        if not 0 <= value < math.inf:
-            raise ValueError(message)

@@ -11,6 +11,7 @@ from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Curve, Distribution, Layer, Layers, Rule, Schedule, Verb
 from lightning_sparsity.core.method import Share
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.window import Interval, epochs
 from lightning_sparsity.distributions import fixes_total, uniform
 from lightning_sparsity.rules import chain, drop, grow
@@ -87,10 +88,11 @@ class MEST(MaskCallback):
     ) -> None:
         self._check_fraction("mutation", mutation)
         self._check_flag("soft", soft)
+        self._check_number("gradient_weight", gradient_weight, 0)
         self.soft = soft
         self._check_callable("weight_init", weight_init, "rescale_to_fan_in")
         rate = mutation if callable(mutation) else step(mutation, _MILESTONES)
-        least = drop(importance(gradient_weight), None if soft else rate)
+        least = drop(importance(plain(gradient_weight)), None if soft else rate)
         ramp = bounded_by(rate)
         target = structure.density if isinstance(structure, NM) else density
         start = drop(random)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Curve, Distribution, Layer, Layers, Rule, Verb
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import fixes_total, uniform
 from lightning_sparsity.rules import chain, drop, forget, grow
@@ -103,7 +103,7 @@ class NeST(MaskCallback):
         self._check("growth_end", growth_end, low_open=True)
         if growth_end == 1:
             raise ValueError("NeST(growth_end=1): must lie below 1, to leave time for pruning.")
-        self._check_scale(new_weight_scale)
+        self._check_number("new_weight_scale", new_weight_scale, 0)
         self._check_callable("weight_init", weight_init, "rescale_to_fan_in")
         start = drop(random)
         super().__init__(
@@ -113,10 +113,10 @@ class NeST(MaskCallback):
             initial=chain(start, weight_init) if weight_init else start,
             update=chain(
                 drop(magnitude),
-                grow(mean_gradient, start=downhill(new_weight_scale)),
+                grow(mean_gradient, start=downhill(plain(new_weight_scale))),
                 forget("mean_gradient", "gradient_count"),
             ),
-            ramp=rise_and_fall(peak_density, growth_end),
+            ramp=rise_and_fall(plain(peak_density), plain(growth_end)),
             initial_density=first,
             observe=average_gradient,
             update_interval=update_interval,
@@ -136,13 +136,6 @@ class NeST(MaskCallback):
                 f"NeST(distribution={self.distribution}): the density rises and falls, so the "
                 "distribution must follow one, as uniform and erk do."
             )
-
-    @staticmethod
-    def _check_scale(value: object) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"NeST(new_weight_scale={value!r}): must be a number >= 0.")
-        if not 0 <= value < math.inf:
-            raise ValueError(f"NeST(new_weight_scale={value!r}): must be finite and >= 0.")
 
 
 @dataclass(frozen=True)

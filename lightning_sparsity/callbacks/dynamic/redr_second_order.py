@@ -242,11 +242,14 @@ class RedrSecondOrder(MaskCallback):
     ) -> None:
         self._check_fraction("drop_fraction", drop_fraction)
         self._check_callable("weight_init", weight_init, "sparse_uniform()")
-        self._check_blocks(block_size, joint)
-        damping = self.own_damping if damping is None else self._checked_damping(damping)
+        self._check_count("block_size", block_size)
+        self._check_flag("joint", joint)
+        if damping is None:
+            damping = self.own_damping
+        self._check_number("damping", damping, 0, inside=True)
         fraction = drop_fraction if callable(drop_fraction) else cosine(drop_fraction)
-        gathered = fisher_blocks(block_size, mean=self.first_order)
-        self._lose = drop_by_loss(gathered, fraction, damping, joint)
+        gathered = fisher_blocks(int(block_size), mean=self.first_order)
+        self._lose = drop_by_loss(gathered, fraction, float(damping), joint)
         super().__init__(
             density=density,
             distribution=distribution,
@@ -267,20 +270,6 @@ class RedrSecondOrder(MaskCallback):
     def drop_fraction_at(self, progress: float) -> float:
         """Share of the live weights that an update at ``progress`` drops."""
         return self._lose.fraction_at(progress)
-
-    def _check_blocks(self, block_size: object, joint: object) -> None:
-        if isinstance(block_size, bool) or not isinstance(block_size, int):
-            raise TypeError(f"{self._name}(block_size={block_size!r}): must be an int >= 1.")
-        if block_size < 1:
-            raise ValueError(f"{self._name}(block_size={block_size}): must be at least 1.")
-        self._check_flag("joint", joint)
-
-    def _checked_damping(self, value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{self._name}(damping={value!r}): must be a number above 0.")
-        if not 0 < value < math.inf:
-            raise ValueError(f"{self._name}(damping={value!r}): must be finite and above 0.")
-        return float(value)
 
 
 class RedrWoodfisher(RedrSecondOrder):

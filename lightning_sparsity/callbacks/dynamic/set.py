@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from lightning_sparsity.core.layer import (
     Scorer,
     Verb,
 )
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import er
 from lightning_sparsity.ops.selection import top_k
@@ -97,18 +97,19 @@ class SET(MaskCallback):
     ) -> None:
         self._check_fraction("drop_fraction", drop_fraction)
         self._check_callable("growth", growth, "random", optional=False)
-        self._check_std(new_weight_std)
+        self._check_number("new_weight_std", new_weight_std, 0)
         self._check_flag("sign_split", sign_split)
         self.sign_split = sign_split
         self._check_callable("weight_init", weight_init, "rescale_to_fan_in")
         start = drop(random)
-        lose: Rule = drop_by_sign(drop_fraction) if sign_split else drop(magnitude, drop_fraction)
+        fraction = plain(drop_fraction)
+        lose: Rule = drop_by_sign(fraction) if sign_split else drop(magnitude, fraction)
         super().__init__(
             density=density,
             distribution=distribution,
             default_distribution=er,
             initial=chain(start, weight_init) if weight_init else start,
-            update=chain(lose, grow(growth, start=new_weight_std)),
+            update=chain(lose, grow(growth, start=plain(new_weight_std))),
             observe=observed_by(growth),
             update_interval=update_interval,
             update_start=update_start,
@@ -119,13 +120,6 @@ class SET(MaskCallback):
             seed=seed,
             single_weights=sign_split,
         )
-
-    @staticmethod
-    def _check_std(value: object) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"SET(new_weight_std={value!r}): must be a number >= 0.")
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"SET(new_weight_std={value!r}): must be finite and >= 0.")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from lightning_sparsity.core.layer import (
     Verb,
 )
 from lightning_sparsity.core.method import Share
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import erk
 from lightning_sparsity.ops.selection import top_k, top_n_per_group
@@ -110,7 +111,7 @@ class SRigL(MaskCallback):
         seed: int | None = None,
     ) -> None:
         self._check_fraction("drop_fraction", drop_fraction)
-        self._check_gamma(gamma)
+        self._check_number("gamma", gamma, 0, inside=True)
         self._check_flag("ablate", ablate)
         self._check_callable("weight_init", weight_init, "sparse_kaiming_normal")
         fraction = drop_fraction if callable(drop_fraction) else cosine(drop_fraction)
@@ -120,7 +121,7 @@ class SRigL(MaskCallback):
             distribution=distribution,
             default_distribution=erk,
             initial=chain(start, weight_init) if weight_init else start,
-            update=_update(fraction, gamma if ablate else 0),
+            update=_update(fraction, plain(gamma) if ablate else 0),
             update_interval=update_interval,
             update_start=update_start,
             update_end=update_end,
@@ -150,16 +151,6 @@ class SRigL(MaskCallback):
             for rule, part in ((self.rule, others), (self.last_rule, last))
             for new in rule(part, [share.start[layer.name] for layer in part], progress)
         ]
-
-    @staticmethod
-    def _check_gamma(value: object) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"SRigL(gamma={value!r}): must be a number above 0.")
-        if not 0 < value < math.inf:
-            raise ValueError(
-                f"SRigL(gamma={value!r}): must be a finite number above 0; ablate=False keeps "
-                "every neuron."
-            )
 
 
 @dataclass(frozen=True, repr=False)

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_sparsity.callbacks.scored import ScoredStart
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Distribution, Layers, Ramp, Rule, Verb
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.view import LossFunction, Pass
 from lightning_sparsity.schedules import exponential
 from lightning_sparsity.structures import Structure
@@ -70,7 +71,7 @@ class ProgressiveSkeletonization(ScoredStart):
     ) -> None:
         self._check_count("rounds", rounds)
         self._check_arrives(ramp)
-        self._rounds = rounds
+        self._rounds = plain(rounds)
         self._ramp = ramp
         super().__init__(
             density,

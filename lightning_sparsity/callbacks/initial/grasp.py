@@ -17,6 +17,7 @@ from torch.utils.data import default_collate
 from lightning_sparsity.callbacks.scored import ScoredStart
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Distribution, Layers, Rule, Verb
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.view import ForwardFunction, LossFunction, Pass
 from lightning_sparsity.structures import Structure
 
@@ -102,6 +103,7 @@ class GraSP(ScoredStart):
             self._check_count("samples_per_class", samples_per_class)
         self._check_callable("forward_fn", forward_fn, "a function of the module and a batch")
         self._check_callable("target_fn", target_fn, "a function of a batch")
+        self._check_callable("loss_fn", loss_fn, "a function of the module and a batch")
         if loss_fn is not None and samples_per_class is not None:
             raise ValueError(
                 f"GraSP(loss_fn={loss_fn!r}, samples_per_class={samples_per_class}): a loss says "
@@ -127,8 +129,8 @@ class GraSP(ScoredStart):
             structure=structure,
             seed=seed,
         )
-        self.temperature = temperature
-        self.samples_per_class = samples_per_class
+        self.temperature = plain(temperature)
+        self.samples_per_class = plain(samples_per_class)
         self.forward_fn = forward_fn
         self.target_fn = target_fn
 
@@ -198,7 +200,13 @@ class GraSP(ScoredStart):
 
     def _targets(self, batch: Any) -> Tensor:
         if self.target_fn is not None:
-            return self.target_fn(batch)
+            found = self.target_fn(batch)
+            if not isinstance(found, Tensor):
+                raise MisconfigurationException(
+                    f"target_fn gave {type(found).__name__}; it must give the class numbers of the "
+                    "batch, a tensor."
+                )
+            return found
         if not isinstance(batch, tuple | list) or len(batch) < 2:
             raise MisconfigurationException(
                 f"the batch is a {type(batch).__name__}, and nothing says where its classes are; "

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_sparsity.callbacks.scored import ScoredStart
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Distribution, Layers, Rule, Verb
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.ranks import mean_over_ranks
 from lightning_sparsity.core.view import LossFunction, Pass
 from lightning_sparsity.structures import Structure
@@ -104,9 +105,9 @@ class ProsPr(ScoredStart):
             structure=structure,
             seed=seed,
         )
-        self.inner_steps = inner_steps
-        self.inner_lr = inner_lr
-        self.inner_momentum = inner_momentum
+        self.inner_steps = plain(inner_steps)
+        self.inner_lr = plain(inner_lr)
+        self.inner_momentum = plain(inner_momentum)
         self.first_order = first_order
 
     def score(self, opened: Pass, layers: Layers, batches: Sequence[Any]) -> dict[str, Tensor]:

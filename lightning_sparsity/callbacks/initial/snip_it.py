@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_sparsity.callbacks.scored import ScoredStart
 from lightning_sparsity.core.filters import Selection, last_layer, linear_and_conv
 from lightning_sparsity.core.layer import Distribution, Layer, Layers, Rule, Verb
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.view import LossFunction, Pass
 from lightning_sparsity.structures import Rows, Structure
 
@@ -92,7 +93,7 @@ class SNIPit(ScoredStart):
         seed: int | None = None,
     ) -> None:
         self._check_count("halvings", halvings, least=0)
-        self.halvings = halvings
+        self.halvings = plain(halvings)
         super().__init__(
             density,
             distribution=distribution,
@@ -188,7 +189,7 @@ class SNAPit(ScoredStart):
         seed: int | None = None,
     ) -> None:
         self._check_count("halvings", halvings, least=0)
-        self.halvings = halvings
+        self.halvings = plain(halvings)
         super().__init__(
             density,
             distribution=distribution,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_sparsity.callbacks.scored import ScoredStart
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Distribution, Layers, Rule, Verb
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.view import ForwardFunction, Pass
 from lightning_sparsity.structures import Structure
 
@@ -106,7 +107,7 @@ class SynFlow(ScoredStart):
         self.zero_bias = zero_bias
         self.dtype = torch.float64 if double else torch.float32
         self.forward_fn = forward_fn
-        self._rounds = rounds
+        self._rounds = plain(rounds)
 
     def rounds(self, density: float) -> list[float]:
         """The densities :math:`d^{k/n}`."""

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_sparsity.callbacks.learned_mask import EMERGENT, LearnedMask, sgd, slope_of
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Layer
+from lightning_sparsity.core.numbers import plain
 
 _SURROGATES = {"leaky_relu": leaky_relu, "softplus": softplus}
 
@@ -96,13 +97,13 @@ class AutoPrune(LearnedMask):
         self._check_flag("alternate", alternate)
         self._check_number("lr_scale", lr_scale, 0, inside=True)
         self._check_momentum(momentum)
-        self.mu = mu
-        self.initial_score = initial_score
+        self.mu = plain(mu)
+        self.initial_score = plain(initial_score)
         self.surrogate = surrogate
         self.grad = grad
         self.alternate = alternate
-        self.lr_scale = lr_scale
-        self.momentum = momentum
+        self.lr_scale = plain(lr_scale)
+        self.momentum = plain(momentum)
         super().__init__(
             **EMERGENT,
             update_start=update_start,

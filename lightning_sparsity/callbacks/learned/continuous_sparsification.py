@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_sparsity.callbacks.learned_mask import EMERGENT, LearnedMask, sgd
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Layer
+from lightning_sparsity.core.numbers import plain
 
 
 class ContinuousSparsification(LearnedMask):
@@ -86,15 +87,15 @@ class ContinuousSparsification(LearnedMask):
         self._check_number("lam", lam, 0)
         self._check_number("s_init", s_init, -math.inf)
         self._check_number("final_temperature", final_temperature, 1)
-        self._check_rounds(rounds)
+        self._check_count("rounds", rounds)
         self._check_number("lr_scale", lr_scale, 0, inside=True)
         self._check_momentum(momentum)
-        self.lam = lam
-        self.s_init = s_init
-        self.final_temperature = final_temperature
-        self.rounds = rounds
-        self.lr_scale = lr_scale
-        self.momentum = momentum
+        self.lam = plain(lam)
+        self.s_init = plain(s_init)
+        self.final_temperature = plain(final_temperature)
+        self.rounds = plain(rounds)
+        self.lr_scale = plain(lr_scale)
+        self.momentum = plain(momentum)
         self._epochs = 0
         super().__init__(
             **EMERGENT,
@@ -177,13 +178,3 @@ class ContinuousSparsification(LearnedMask):
     def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         """SGD with momentum, without weight decay."""
         return sgd(groups, momentum=self.momentum)
-
-    def _check_rounds(self, value: object) -> None:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(
-                f"ContinuousSparsification(rounds={value!r}): must be an integer, at least 1."
-            )
-        if value < 1:
-            raise ValueError(
-                f"ContinuousSparsification(rounds={value!r}): must be an integer, at least 1."
-            )

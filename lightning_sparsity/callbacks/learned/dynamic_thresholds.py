@@ -18,6 +18,7 @@ from lightning_sparsity.callbacks.thresholds import (
 )
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Layer
+from lightning_sparsity.core.numbers import plain
 
 EMPTY = 0.01
 """A layer that keeps no more than this share of its weights gets its thresholds back to 0."""
@@ -92,10 +93,10 @@ class DynamicThresholds(LearnedMask):
             self._check_number("weight_decay", weight_decay, 0)
         check_granularity("DynamicThresholds", granularity)
         self._check_momentum(momentum)
-        self.alpha = alpha
+        self.alpha = plain(alpha)
         self.granularity = granularity
-        self.weight_decay = weight_decay
-        self.momentum = momentum
+        self.weight_decay = plain(weight_decay)
+        self.momentum = plain(momentum)
         super().__init__(
             **EMERGENT,
             update_start=update_start,

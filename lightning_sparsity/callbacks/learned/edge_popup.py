@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_sparsity.callbacks.learned_mask import LearnedMask, sgd
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Distribution, Layer, Rule, Verb
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import uniform
 from lightning_sparsity.rules import chain, drop
@@ -93,9 +94,9 @@ class EdgePopup(LearnedMask):
         self._check_momentum(momentum)
         self._check_number("weight_decay", weight_decay, 0)
         self._check_callable("weight_init", weight_init, "signed_constant()")
-        self.lr_scale = lr_scale
-        self.momentum = momentum
-        self.weight_decay = weight_decay
+        self.lr_scale = plain(lr_scale)
+        self.momentum = plain(momentum)
+        self.weight_decay = plain(weight_decay)
         best = drop(slot("score"))
         super().__init__(
             density=density,

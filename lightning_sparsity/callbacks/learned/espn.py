@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -20,6 +21,7 @@ from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.keeper import MaskKeeper, nobody
 from lightning_sparsity.core.layer import Distribution, Layer, Layers
 from lightning_sparsity.core.method import Share
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.snapshot import put_back, take
 from lightning_sparsity.core.window import Window
 from lightning_sparsity.distributions import global_by
@@ -58,16 +60,16 @@ class _ESPN(LearnedMask):
     ) -> None:
         self._check_number("alpha", alpha, 0, inside=True)
         self._check("epsilon", epsilon)
-        self._check_epochs("tune_epochs", tune_epochs, least=1)
+        self._check_count("tune_epochs", tune_epochs)
         if joint_lr is not None:
             self._check_number("joint_lr", joint_lr, 0, inside=True)
         if on_missed not in ("raise", "warn"):
             raise ValueError(f'{self._name}(on_missed={on_missed!r}): must be "raise" or "warn".')
-        self.alpha = alpha
-        self.epsilon = epsilon
-        self.warmup_epochs = warmup_epochs
-        self.joint_lr = joint_lr
-        self.tune_epochs = tune_epochs
+        self.alpha = plain(alpha)
+        self.epsilon = plain(epsilon)
+        self.warmup_epochs = plain(warmup_epochs)
+        self.joint_lr = plain(joint_lr)
+        self.tune_epochs = plain(tune_epochs)
         self.on_missed = on_missed
         self._forget()
         super().__init__(
@@ -313,14 +315,6 @@ class _ESPN(LearnedMask):
         fresh = {"_phase": "warmup", "_tuned_from": 0, "_snapshot": None}
         return {**super().__getstate__(), **fresh, "_model": nobody, "_trainer": nobody}
 
-    # ------------------------------------------------------------------------- checks
-
-    def _check_epochs(self, name: str, value: object, least: int = 0) -> None:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{self._name}({name}={value!r}): must be an int >= {least}.")
-        if value < least:
-            raise ValueError(f"{self._name}({name}={value!r}): must be at least {least}.")
-
 
 class ESPNFinetune(_ESPN):
     r"""Extreme sparsity by joint training, then fine-tuning (Cho, Joshi and Hegde, 2020).
@@ -395,14 +389,14 @@ class ESPNFinetune(_ESPN):
         structure: Structure | None = None,
         seed: int | None = None,
     ) -> None:
-        self._check_epochs("warmup_epochs", warmup_epochs)
-        self._check_epochs("tune_lr_step", tune_lr_step, least=1)
+        self._check_count("warmup_epochs", warmup_epochs, least=0)
+        self._check_count("tune_lr_step", tune_lr_step)
         self._check("tune_weight_decay", tune_weight_decay)
         if tune_lr is not None:
             self._check_number("tune_lr", tune_lr, 0, inside=True)
-        self.tune_lr = tune_lr
-        self.tune_weight_decay = tune_weight_decay
-        self.tune_lr_step = tune_lr_step
+        self.tune_lr = plain(tune_lr)
+        self.tune_weight_decay = plain(tune_weight_decay)
+        self.tune_lr_step = plain(tune_lr_step)
         super().__init__(
             density=density,
             alpha=alpha,
@@ -417,6 +411,16 @@ class ESPNFinetune(_ESPN):
             structure=structure,
             seed=seed,
         )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse what sets the learning rate of the last phase too."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+            raise MisconfigurationException(
+                "ESPNFinetune and StochasticWeightAveraging both set the learning rate of the last "
+                "epochs; use EMAWeightAveraging, or ESPNRewind, whose last phase has your settings."
+            )
+        super().on_train_start(trainer, pl_module)
 
     def _options(self, phase: Phase, epoch: int) -> dict[str, Any] | None:
         if phase == "joint":
@@ -485,8 +489,8 @@ class ESPNRewind(_ESPN):
         structure: Structure | None = None,
         seed: int | None = None,
     ) -> None:
-        self._check_epochs("rewind_to", rewind_to)
-        self.rewind_to = rewind_to
+        self._check_count("rewind_to", rewind_to, least=0)
+        self.rewind_to = plain(rewind_to)
         super().__init__(
             density=density,
             alpha=alpha,

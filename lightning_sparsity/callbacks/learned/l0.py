@@ -15,6 +15,7 @@ from lightning_sparsity.callbacks.examples import count_examples
 from lightning_sparsity.callbacks.learned_mask import EMERGENT, LearnedMask
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Layer
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.structures import NM, Structure
 
 _TEMPERATURE, _STRETCH = 2 / 3, (-0.1, 1.1)
@@ -117,14 +118,14 @@ class L0(LearnedMask):
         if lr is not None:
             self._check_number("lr", lr, 0)
         if examples is not None:
-            self._check_number("examples", examples, 1)
-        self.lam = lam
-        self.weight_decay = weight_decay
-        self.droprate_init = droprate_init
-        self.temperature = temperature
-        self.stretch = stretch
-        self.lr = lr
-        self.examples = examples
+            self._check_count("examples", examples)
+        self.lam = plain(lam)
+        self.weight_decay = plain(weight_decay)
+        self.droprate_init = plain(droprate_init)
+        self.temperature = plain(temperature)
+        self.stretch = (float(stretch[0]), float(stretch[1]))
+        self.lr = plain(lr)
+        self.examples = plain(examples)
         self._n = examples or 1
         super().__init__(
             **EMERGENT,
@@ -198,9 +199,9 @@ class L0(LearnedMask):
     def _check_stretch(self, stretch: object) -> None:
         if not isinstance(stretch, tuple | list) or len(stretch) != 2:
             raise TypeError(f"L0(stretch={stretch!r}): must be two numbers, such as (-0.1, 1.1).")
-        for end in stretch:
-            self._check_number("stretch", end, -math.inf)
-        if not stretch[0] < 0 or not stretch[1] > 1:
+        if not all(type(plain(end)) in (int, float) for end in stretch):
+            raise TypeError(f"L0(stretch={stretch!r}): must be two numbers, such as (-0.1, 1.1).")
+        if not -math.inf < stretch[0] < 0 or not 1 < stretch[1] < math.inf:
             raise ValueError(
                 f"L0(stretch={stretch!r}): must begin below 0 and end above 1, such as (-0.1, "
                 "1.1); otherwise no gate is ever exactly 0 or 1."

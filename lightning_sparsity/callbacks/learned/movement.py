@@ -12,6 +12,7 @@ from torch.optim import AdamW, Optimizer
 from lightning_sparsity.callbacks.learned_mask import EMERGENT, LearnedMask, slope_of
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Curve, Distribution, Layer, Schedule
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import uniform
 from lightning_sparsity.ops.selection import top_k
@@ -48,8 +49,7 @@ class _Movement(LearnedMask):
 
     def _take(self, lr: float | Schedule | Curve, warmup: float, cooldown: float) -> None:
         if callable(lr) and not isinstance(lr, type):
-            for progress in (0.0, 0.5, 1.0):
-                self._check_number("lr", lr(progress), 0)
+            self._check_schedule("lr", lr, 0)
         else:
             self._check_number("lr", lr, 0, inside=True)
         self._check("warmup", warmup)
@@ -59,7 +59,7 @@ class _Movement(LearnedMask):
                 f"{self._name}(warmup={warmup!r}, cooldown={cooldown!r}): must be below 1 "
                 "together; what they leave of the window is the ramp."
             )
-        self.lr, self.warmup, self.cooldown = lr, warmup, cooldown
+        self.lr, self.warmup, self.cooldown = plain(lr), plain(warmup), plain(cooldown)
 
 
 class MovementPruning(_Movement):
@@ -219,9 +219,9 @@ class SoftMovementPruning(_Movement):
         self._check_number("threshold", threshold, 0, 1, inside=True)
         self._check("min_density", min_density)
         self._take(lr, warmup, cooldown)
-        self.lam = lam
-        self.threshold = threshold
-        self.min_density = min_density
+        self.lam = plain(lam)
+        self.threshold = plain(threshold)
+        self.min_density = plain(min_density)
         super().__init__(
             **EMERGENT,
             update_start=update_start,

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_sparsity.callbacks.learned_mask import LearnedMask, sgd
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Distribution, Layer, Schedule
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.window import Interval, Window
 from lightning_sparsity.distributions import global_by
 from lightning_sparsity.rules import drop
@@ -89,9 +90,9 @@ class OptG(LearnedMask):
     ) -> None:
         self._check_alpha(alpha)
         self._check_momentum(momentum)
-        self.alpha = alpha
-        self.momentum = momentum
-        self.update_end = update_end
+        self.alpha = plain(alpha)
+        self.momentum = plain(momentum)
+        self.update_end = plain(update_end)
         self._steepness, self._epochs = 80.0, 0
         super().__init__(
             density=density,
@@ -174,9 +175,11 @@ class OptG(LearnedMask):
     # --------------------------------------------------------------------------- checks
 
     def _check_alpha(self, alpha: object) -> None:
-        if alpha == "auto":
+        if isinstance(alpha, str) and alpha == "auto":
             return
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-            raise TypeError(f'OptG(alpha={alpha!r}): must be a number above 0 or "auto".')
-        if not 0 < alpha < math.inf:
-            raise ValueError(f'OptG(alpha={alpha!r}): must be a number above 0 or "auto".')
+        number = plain(alpha)
+        message = f'OptG(alpha={alpha!r}): must be a number above 0 or "auto".'
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise TypeError(message)
+        if not 0 < number < math.inf:
+            raise ValueError(message)

@@ -13,6 +13,7 @@ from lightning_sparsity.callbacks.learned_mask import LearnedMask, stay
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Layer, Layers
 from lightning_sparsity.core.method import Share
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.distributions import uniform
 
 
@@ -69,8 +70,8 @@ class Powerpropagation(LearnedMask):
     ) -> None:
         self._check_number("alpha", alpha, 1)
         self._check("floor", floor)
-        self.alpha = alpha
-        self.floor = floor
+        self.alpha = plain(alpha)
+        self.floor = plain(floor)
         super().__init__(
             density=None,
             default_distribution=uniform,

@@ -18,6 +18,7 @@ from lightning_sparsity.callbacks.thresholds import (
 )
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Layer, Layers
+from lightning_sparsity.core.numbers import plain
 
 
 class STR(LearnedMask):
@@ -87,10 +88,10 @@ class STR(LearnedMask):
             self._check_number("weight_decay", weight_decay, 0, inside=True)
         check_granularity("STR", granularity)
         self._check_momentum(momentum)
-        self.s_init = s_init
-        self.weight_decay = weight_decay
+        self.s_init = plain(s_init)
+        self.weight_decay = plain(weight_decay)
         self.granularity = granularity
-        self.momentum = momentum
+        self.momentum = plain(momentum)
         super().__init__(
             **EMERGENT,
             update_start=update_start,

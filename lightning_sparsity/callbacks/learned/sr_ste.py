@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_sparsity.callbacks.learned_mask import LearnedMask
 from lightning_sparsity.core.filters import Selection, first_layer, linear_and_conv
 from lightning_sparsity.core.layer import Distribution, Layer
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import uniform
 from lightning_sparsity.rules import drop
@@ -83,7 +84,7 @@ class SRSTE(LearnedMask):
         seed: int | None = None,
     ) -> None:
         self._check_number("decay", decay, 0)
-        self.decay = decay
+        self.decay = plain(decay)
         super().__init__(
             density=density,
             distribution=distribution,

@@ -14,6 +14,7 @@ from lightning_sparsity.callbacks.learned_mask import EMERGENT, LearnedMask, sgd
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Layer, Layers, Rule, Verb
 from lightning_sparsity.core.method import Share
+from lightning_sparsity.core.numbers import plain
 
 
 class Supermask(LearnedMask):
@@ -88,9 +89,9 @@ class Supermask(LearnedMask):
         self._check_momentum(momentum)
         self._check_callable("weight_init", weight_init, "signed_constant()")
         self.rescale = rescale
-        self.initial_probability = initial_probability
-        self.lr_scale = lr_scale
-        self.momentum = momentum
+        self.initial_probability = plain(initial_probability)
+        self.lr_scale = plain(lr_scale)
+        self.momentum = plain(momentum)
         self.weight_init = weight_init
         super().__init__(
             **EMERGENT,
@@ -109,7 +110,7 @@ class Supermask(LearnedMask):
         begun = super().begin(layers, share)
         if self.weight_init is None or share.found:
             return begun
-        return self.weight_init(begun, [layer.live for layer in begun], 0.0)
+        return self._start(self.weight_init, begun, [layer.live for layer in begun])
 
     def extras(self, layer: Layer) -> Mapping[str, Tensor]:
         """Scores: float32, shape of the weight."""

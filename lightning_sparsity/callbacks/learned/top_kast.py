@@ -14,6 +14,7 @@ from lightning_sparsity.callbacks.learned_mask import LearnedMask
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Distribution, Layer, Layers
 from lightning_sparsity.core.method import Share
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import uniform
 from lightning_sparsity.rules import drop, grow
@@ -98,8 +99,8 @@ class TopKAST(LearnedMask):
         self._check_number("decay", decay, 0)
         if penalty not in ("l2", "l1"):
             raise ValueError(f'TopKAST(penalty={penalty!r}): must be "l2" or "l1".')
-        self.exploration = exploration
-        self.decay = decay
+        self.exploration = plain(exploration)
+        self.decay = plain(decay)
         self.kind = penalty
         super().__init__(
             density=density,

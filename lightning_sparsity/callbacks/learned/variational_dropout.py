@@ -16,6 +16,7 @@ from lightning_sparsity.callbacks.examples import count_examples
 from lightning_sparsity.callbacks.learned_mask import EMERGENT, LearnedMask
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Layer
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.window import is_time
 from lightning_sparsity.structures import Structure
 
@@ -103,13 +104,13 @@ class VariationalDropout(LearnedMask):
         if lr is not None:
             self._check_number("lr", lr, 0)
         if examples is not None:
-            self._check_number("examples", examples, 1)
-        self.threshold = threshold
-        self.kl_weight = kl_weight
-        self.warmup = warmup
-        self.log_sigma2_init = log_sigma2_init
-        self.lr = lr
-        self.examples = examples
+            self._check_count("examples", examples)
+        self.threshold = plain(threshold)
+        self.kl_weight = plain(kl_weight)
+        self.warmup = (plain(warmup[0]), plain(warmup[1]))
+        self.log_sigma2_init = plain(log_sigma2_init)
+        self.lr = plain(lr)
+        self.examples = plain(examples)
         self._n = examples or 1
         super().__init__(
             **EMERGENT,
@@ -185,7 +186,7 @@ class VariationalDropout(LearnedMask):
         wanted = "two fractions of the window in order, such as (0.025, 0.1)"
         if not isinstance(warmup, tuple | list) or len(warmup) != 2:
             raise TypeError(f"VariationalDropout(warmup={warmup!r}): must be {wanted}.")
-        start, end = warmup
+        start, end = map(plain, warmup)
         if not (is_time(start) and is_time(end) and start <= end <= 1):
             raise ValueError(f"VariationalDropout(warmup={warmup!r}): must be {wanted}.")
 

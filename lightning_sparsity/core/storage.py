@@ -1,0 +1,497 @@
+"""Storage: which weights are kept compressed, decided by measuring, and their way in and out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_sparsity.core.compressed import CompressedWeight, reason_to_stay_dense
+from lightning_sparsity.core.filters import Selection
+from lightning_sparsity.core.masks import Masks, resize
+from lightning_sparsity.core.parameter import SparseParameter
+from lightning_sparsity.core.ranks import mean_over_ranks
+from lightning_sparsity.ops.compressed import Kernels
+
+Layout = Literal["auto", "csr"]
+"""How weights are kept: whatever measures faster, or in compressed rows."""
+
+_ELEMENTWISE = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adamax,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.ASGD,
+)
+"""Optimizers that treat every weight by itself, so that the shape of a parameter is nothing."""
+
+IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
+"""Where DistributedDataParallel looks for the names of parameters that it is to leave alone."""
+
+_POINTWISE = (
+    nn.Identity,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.SELU,
+    nn.CELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.Hardtanh,
+    nn.Hardswish,
+    nn.Softplus,
+    nn.Softsign,
+)
+"""Modules that give each number a result by itself, in whatever order they lie, without chance."""
+
+
+@runtime_checkable
+class StoragePolicy(Protocol):
+    """A callback that says how weights are kept.
+
+    Attributes:
+        layout: "auto" or "csr".
+        include: Which weights may be compressed.
+        exclude: Which of those stay dense.
+        kernels: What multiplies by compressed weights.
+        contiguous: Whether outputs of compressed layers are contiguous where it matters.
+        elementwise: Further optimizers that treat every weight by itself.
+    """
+
+    layout: Layout
+    include: Selection
+    exclude: Selection
+    kernels: Kernels
+    contiguous: bool
+    elementwise: tuple[type[Optimizer], ...]
+
+    def announce(self, masks: Masks, storage: Storage) -> None:
+        """Show what was decided."""
+        ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one weight is kept, and why.
+
+    Args:
+        compressed: Whether in compressed rows.
+        density: Live share of the weight as it was decided.
+        dense_ms: Forward and backward pass of the layer with dense storage; None: not measured.
+        compressed_ms: The same with compressed storage.
+    """
+
+    compressed: bool
+    density: float
+    dense_ms: float | None = None
+    compressed_ms: float | None = None
+
+    def holds_at(self, density: float) -> bool:
+        """Whether the density is still within a factor of two."""
+        return not self.density or self.density / 2 < density < self.density * 2
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a layer was given in its first forward pass in training.
+
+    Args:
+        shape: Of the input.
+        dtype: Of the input.
+        needs_grad: Whether the input needs a gradient.
+        autocast: Dtype of autocast; None: it was off.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    needs_grad: bool
+    autocast: torch.dtype | None
+
+
+class Storage:
+    """Keeps weights compressed where the policy says, and everything else dense.
+
+    Args:
+        policy: The callback.
+        masks: All sparse parameters.
+        modules: Every module of the model.
+        optimizers: The optimizers; a list that may change during training.
+        chosen: Plain names of the weights that the policy is about.
+        broadcast: Gives every process what the first one has.
+        is_busy: Whether a method is at work on a weight that has to be dense for it.
+
+    Attributes:
+        choices: How each weight is kept that may be compressed, as far as it is decided.
+        reasons: Why each of the others stays dense, by plain name.
+    """
+
+    def __init__(
+        self,
+        policy: StoragePolicy,
+        masks: Masks,
+        modules: Sequence[nn.Module],
+        optimizers: Callable[[], Sequence[Optimizer]],
+        chosen: Collection[str],
+        broadcast: Callable[[Any], Any] = lambda decided: decided,
+        is_busy: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        self.choices: dict[str, Choice] = {}
+        self.reasons: dict[str, str] = {}
+        self._policy = policy
+        self._masks = masks
+        self._modules = modules
+        self._optimizers = optimizers
+        self._broadcast = broadcast
+        self._is_busy = is_busy
+        self._shared: list[nn.Parameter] = []
+        self._loads: dict[str, Load] = {}
+        self._watching: dict[str, Any] = {}
+        self._hooked: dict[Optimizer, list[Any]] = {}
+        self._find(chosen)
+
+    def _find(self, chosen: Collection[str]) -> None:
+        """Say which weights may not be compressed."""
+        for kept in self._masks:
+            if len(kept.aliases) > 1:
+                reason: str | None = f"tied: {', '.join(kept.aliases)}"
+            else:
+                reason = reason_to_stay_dense(kept.module, kept.parameter)
+            if reason is None and kept.name not in chosen:
+                reason = "left out by include= or exclude="
+            if reason is not None:
+                self.reasons[kept.name] = reason
+
+    # ------------------------------------------------------------------- start and end
+
+    def start(self, saved: Mapping[str, Any]) -> None:
+        """Compress what is decided already, and look out for what is to be measured.
+
+        Args:
+            saved: From :meth:`state_dict`; empty in a new training.
+
+        Raises:
+            MisconfigurationException: If an optimizer needs the shape of a weight.
+        """
+        self._check_optimizers()
+        if self._policy.layout == "auto":
+            self.choices = {
+                name: Choice(**choice)
+                for name, choice in saved.items()
+                if name in self._masks and name not in self.reasons
+            }
+            for kept in self._candidates():
+                self._watch(kept)
+        for name, choice in self.choices.items():
+            if choice.compressed and not self._is_busy(name):
+                self._compress(self._masks[name])
+        if self._policy.layout == "csr":
+            self.settle()
+        if self.choices or not self._candidates():
+            self._announce()
+
+    def share(self, names: Collection[str]) -> None:
+        """Take over from DistributedDataParallel what it does for parameters.
+
+        Args:
+            names: Those that it was told to ignore. They are the first process's from now on.
+        """
+        named = dict(self._modules[0].named_parameters())
+        self._shared = [named[name] for name in names if name in named]
+        for parameter in self._shared:
+            parameter.data = self._broadcast(parameter.data)
+
+    @torch.no_grad()
+    def average(self, optimizer: Optimizer) -> None:
+        """Average the gradients of shared parameters that an optimizer is about to step."""
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        mine = [p for p in self._shared if id(p) in stepped]
+        if not mine:
+            return
+        has = torch.tensor([float(p.grad is not None) for p in mine], device=mine[0].device)
+        anywhere = mean_over_ranks(has)
+        for parameter, share in zip(mine, anywhere.tolist(), strict=True):
+            if share:
+                grad = parameter.grad
+                grad = torch.zeros_like(parameter) if grad is None else grad
+                parameter.grad = mean_over_ranks(grad)
+
+    def _candidates(self) -> list[SparseParameter]:
+        return [kept for kept in self._masks if kept.name not in self.reasons]
+
+    def _check_optimizers(self) -> None:
+        names = {id(kept.parameter): kept.name for kept in self._candidates()}
+        for optimizer in self._optimizers():
+            stepped = [p for group in optimizer.param_groups for p in group["params"]]
+            mine = [names[id(p)] for p in stepped if id(p) in names]
+            if mine and type(optimizer) not in (*_ELEMENTWISE, *self._policy.elementwise):
+                kind = type(optimizer).__name__
+                raise MisconfigurationException(
+                    f"SparseCompute: {kind} steps {mine[0]}, and it is not known to treat every "
+                    "weight by itself, whatever the shape of the parameter; a compressed weight "
+                    f"is a vector. If it does, pass SparseCompute(elementwise=({kind},)); if it "
+                    "does not, leave its layers out with exclude= or use torch.optim.AdamW."
+                )
+
+    def release(self, names: Collection[str] | None = None) -> None:
+        """Make weights dense again: those of these names, or all, and let go of everything."""
+        for kept in self._masks:
+            if kept.compressed is not None and (names is None or kept.name in names):
+                self._expand(kept)
+        if names is None:
+            hooks = (handle for handles in self._hooked.values() for handle in handles)
+            for handle in (*self._watching.values(), *hooks):
+                handle.remove()
+            self._watching, self._hooked = {}, {}
+
+    # ------------------------------------------------------------------------ deciding
+
+    def _watch(self, kept: SparseParameter) -> None:
+        """See what the layer is given, once."""
+        if kept.name not in self._loads:
+            hook = partial(self._see, kept.name)
+            handle = kept.module.register_forward_pre_hook(hook, with_kwargs=True)
+            self._watching[kept.name] = handle
+
+    def _see(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if module.training and torch.is_grad_enabled():
+            self._watching.pop(name).remove()
+            given: Tensor = args[0] if args else kwargs["input"]
+            device = given.device.type
+            on = torch.is_autocast_enabled(device)
+            self._loads[name] = Load(
+                shape=tuple(given.shape),
+                dtype=given.dtype,
+                needs_grad=given.requires_grad,
+                autocast=torch.get_autocast_dtype(device) if on else None,
+            )
+
+    def settle(self, names: Collection[str] | None = None) -> None:
+        """Compress what may be, and decide anew where the density has changed.
+
+        Args:
+            names: The weights that were stepped; None: all.
+        """
+        self._follow_optimizers()
+        due = [
+            kept
+            for kept in self._candidates()
+            if (names is None or kept.name in names)
+            and not self._is_busy(kept.name)
+            and self._is_due(kept)
+        ]
+        if not due:
+            return
+        decided = {kept.name: asdict(self._decide(kept)) for kept in due}
+        for name, choice in self._broadcast(decided).items():
+            kept = self._masks[name]
+            self.choices[name] = Choice(**choice)
+            if self.choices[name].compressed and kept.compressed is None:
+                self._compress(kept)
+            elif not self.choices[name].compressed and kept.compressed is not None:
+                self._expand(kept)
+        self._announce()
+
+    def _is_due(self, kept: SparseParameter) -> bool:
+        choice = self.choices.get(kept.name)
+        if self._policy.layout == "csr":
+            return kept.compressed is None
+        if kept.name not in self._loads:
+            return False
+        if choice is None or not choice.holds_at(kept.density):
+            return True
+        return choice.compressed != (kept.compressed is not None)  # it had to be dense for a while
+
+    def _decide(self, kept: SparseParameter) -> Choice:
+        if self._policy.layout == "csr":
+            return Choice(True, kept.density)
+        dense, compressed = measure(kept, self._loads[kept.name], self._policy.kernels)
+        return Choice(compressed < dense, kept.density, dense, compressed)
+
+    def finish(self) -> None:
+        """Show the table once more if somebody but the layers has read compressed weights."""
+        if any(kept.compressed is not None and kept.compressed.reads for kept in self._masks):
+            self._policy.announce(self._masks, self)
+
+    def _announce(self) -> None:
+        self._chain()
+        self._policy.announce(self._masks, self)
+
+    def _chain(self) -> None:
+        """Let outputs stay as they come where the next in line takes them so."""
+        for kept in self._masks:
+            if kept.compressed is not None:
+                kept.compressed.is_chained = not self._policy.contiguous
+        mine = {id(kept.module): kept.compressed for kept in self._masks if kept.compressed}
+        for module in self._modules:
+            if type(module) is nn.Sequential:
+                for first, after in _neighbours(list(module)):
+                    if id(first) in mine and id(after) in mine:
+                        mine[id(first)].is_chained |= not isinstance(first, nn.Conv1d | nn.Conv2d)
+
+    # --------------------------------------------------------------------- in and out
+
+    @torch.no_grad()
+    def _compress(self, kept: SparseParameter) -> None:
+        compressed = CompressedWeight(kept.parameter, kept.mask, self._policy.kernels)
+        resize(kept, compressed.compress, self._optimizers())
+        compressed.install(self._modules)
+        kept.store(compressed)
+
+    @torch.no_grad()
+    def _expand(self, kept: SparseParameter) -> None:
+        compressed = kept.compressed
+        assert compressed is not None
+        compressed.remove()
+        resize(kept, compressed.expand, self._optimizers())
+        kept.store(None)
+
+    def _follow_optimizers(self) -> None:
+        """Let the optimizers save and load dense state."""
+        for optimizer in self._optimizers():
+            if optimizer not in self._hooked:
+                self._hooked[optimizer] = [
+                    optimizer.register_state_dict_post_hook(self._expand_state),
+                    optimizer.register_load_state_dict_pre_hook(self._compress_state),
+                ]
+
+    def _expand_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        return self._changed(optimizer, state, _expanded)
+
+    def _compress_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        return self._changed(optimizer, state, _compressed)
+
+    def _changed(
+        self,
+        optimizer: Optimizer,
+        state: dict[str, Any],
+        change: Callable[[CompressedWeight, Tensor], Tensor],
+    ) -> dict[str, Any]:
+        """A copy of an optimizer's ``state_dict`` in which tensors of compressed weights differ."""
+        mine = {id(kept.parameter): kept.compressed for kept in self._masks if kept.compressed}
+        stepped = [p for group in optimizer.param_groups for p in group["params"]]
+        places = [i for group in state["param_groups"] for i in group["params"]]
+        entries = dict(state["state"])
+        for place, parameter in zip(places, stepped, strict=True):
+            if id(parameter) in mine and place in entries:
+                entries[place] = {
+                    key: change(mine[id(parameter)], value) if isinstance(value, Tensor) else value
+                    for key, value in entries[place].items()
+                }
+        return {**state, "state": entries}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured, so that a resumed training computes with the same storage."""
+        if self._policy.layout != "auto":
+            return {}
+        return {name: asdict(choice) for name, choice in self.choices.items()}
+
+
+def _expanded(weight: CompressedWeight, tensor: Tensor) -> Tensor:
+    return weight.expand(tensor) if tensor.shape == weight.parameter.shape else tensor
+
+
+def _compressed(weight: CompressedWeight, tensor: Tensor) -> Tensor:
+    if tensor.shape != weight.shape:
+        return tensor
+    return weight.compress(tensor.to(weight.pattern.columns.device))
+
+
+def _neighbours(modules: list[nn.Module]) -> list[tuple[nn.Module, nn.Module]]:
+    """Pairs that follow each other, with nothing but pointwise functions in between."""
+    solid = [module for module in modules if type(module) not in _POINTWISE]
+    return list(zip(solid, solid[1:], strict=False))
+
+
+# -------------------------------------------------------------------------- measuring
+
+
+_ROUNDS, _SECONDS = (4, 20), 0.2
+"""Least and most rounds of a measurement, and how long more than the least may take."""
+
+
+def measure(kept: SparseParameter, load: Load, kernels: Kernels = "torch") -> tuple[float, float]:
+    """Time a forward and backward pass of a layer with dense and with compressed storage.
+
+    Args:
+        kept: The weight.
+        load: What the layer is given.
+        kernels: What multiplies by the compressed weight.
+
+    Returns:
+        Milliseconds, dense and compressed: the fastest of several, taken in turn.
+    """
+    weight = kept.weight
+    dense = _twin(kept.module, weight)
+    packed = _twin(kept.module, weight)
+    held = packed._parameters["weight"]
+    assert held is not None
+    compressed = CompressedWeight(held, kept.mask, kernels)
+    with torch.no_grad():
+        held.data = compressed.compress(held.detach())
+    compressed.install([packed])
+    device = weight.device
+    inputs = torch.randn(load.shape, generator=torch.Generator().manual_seed(0))
+    inputs = inputs.to(device, load.dtype).requires_grad_(load.needs_grad)
+    times: list[list[float]] = [[], []]
+    while len(times[0]) < _ROUNDS[0] or (
+        len(times[0]) < _ROUNDS[1] and sum(map(sum, times)) < _SECONDS
+    ):
+        for taken, twin in zip(times, (dense, packed), strict=True):
+            taken.append(_time(twin, inputs, load.autocast))
+    fastest, packed_fastest = (1000 * min(taken[1:]) for taken in times)  # the first warms up
+    return fastest, packed_fastest
+
+
+def _twin(module: nn.Module, weight: Tensor) -> nn.Module:
+    """A layer without hooks that computes as another one, with its own gradients."""
+    kind: type[nn.Module] = getattr(module, "_plain_class", type(module))
+    twin = kind.__new__(kind)
+    nn.Module.__init__(twin)
+    own = {k: v for k, v in vars(module).items() if not k.startswith("_")}
+    vars(twin).update(own)
+    for key in ("_reversed_padding_repeated_twice",):  # of convolutions
+        if key in vars(module):
+            vars(twin)[key] = vars(module)[key]
+    bias = module._parameters.get("bias")
+    twin._parameters["weight"] = nn.Parameter(weight)
+    twin._parameters["bias"] = None if bias is None else nn.Parameter(bias.detach())
+    return twin
+
+
+def _time(layer: nn.Module, inputs: Tensor, autocast: torch.dtype | None) -> float:
+    kind = inputs.device.type
+    _wait(inputs)
+    begin = time.perf_counter()
+    with torch.enable_grad():
+        with torch.autocast(kind, dtype=autocast, enabled=autocast is not None):
+            out: Tensor = layer(inputs)
+        out.backward(torch.ones_like(out))
+    _wait(inputs)
+    taken = time.perf_counter() - begin
+    for tensor in (inputs, *layer.parameters()):
+        tensor.grad = None
+    return taken
+
+
+def _wait(tensor: Tensor) -> None:
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize(tensor.device)
