@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
@@ -16,10 +17,13 @@ from lightning_sparsity import (
     CHT,
     DNW,
     DPF,
+    DSD,
     DSR,
     FORCE,
     GMP,
     GSE,
+    GSM,
+    IHT,
     L0,
     MEST,
     SET,
@@ -43,6 +47,7 @@ from lightning_sparsity import (
     MaskCallback,
     MovementPruning,
     NeST,
+    NeuralTangentTransfer,
     OptG,
     ProsPr,
     RedrGradient,
@@ -55,6 +60,7 @@ from lightning_sparsity import (
     SNAPit,
     SNIPit,
     SoftMovementPruning,
+    SparseCompute,
     SRigL,
     StaticSparse,
     Supermask,
@@ -104,6 +110,9 @@ METHODS: dict[str, Make] = {
     "GraSP": lambda density=0.3, **kw: GraSP(density, **by_output(**kw)),
     "SynFlow": lambda density=0.3, **kw: SynFlow(density, **by_output(**{"rounds": 5, **kw})),
     "ProsPr": lambda density=0.3, **kw: ProsPr(density, **scored(**kw)),
+    "NeuralTangentTransfer": lambda density=0.3, **kw: NeuralTangentTransfer(
+        density, **by_output(**{"steps": 3, "mask_interval": 1, "samples": 4, **kw})
+    ),
     "SET": lambda density=0.3, **kw: SET(density, **kw),
     "GSE": lambda density=0.3, **kw: GSE(density, **{"update_interval": 4, **kw}),
     "RigL": lambda density=0.3, **kw: RigL(density, **{"update_interval": 4, **kw}),
@@ -128,7 +137,10 @@ METHODS: dict[str, Make] = {
     "DSR": lambda density=0.3, **kw: DSR(density, **{"update_interval": 4, **kw}),
     "SNFS": lambda density=0.3, **kw: SNFS(density, **kw),
     "GraNet": lambda density=0.3, **kw: GraNet(density, **{"update_interval": 4, **kw}),
+    "DSD": lambda density=0.3, **kw: DSD(density, **kw),
+    "IHT": lambda density=0.3, **kw: IHT(density, **{"update_interval": 4, **kw}),
     "LotteryTicket": lambda density=0.3, **kw: LotteryTicket(density, **{"rounds": 2, **kw}),
+    "GSM": lambda density=0.3, **kw: GSM(density, **{"weight_decay": 0.01, **kw}),
     "Magnitude": lambda density=0.3, **kw: Magnitude(density, **{"at": 0.5, **kw}),
     "OptG": lambda density=0.3, **kw: OptG(density, **{"alpha": 1.0, "update_interval": 4, **kw}),
     "DNW": lambda density=0.3, **kw: DNW(density, **kw),
@@ -157,6 +169,10 @@ LEARN_TO_THE_END = ["DNW", "DPF", "SRSTE", "TopKAST"]
 # Their papers give weights off the mask a gradient.
 DENSE_GRADIENTS = ["DNW", "DPF", "SRSTE", "TopKAST"]
 LINEAR_ONLY = ["CHT"]
+# The others' weights are their parameters, which may be kept compressed.
+IN_PLACE = [name for name in METHODS if name not in LEARNED]
+# Their papers end with a dense network.
+END_DENSE = ["DSD"]
 
 # Methods without a density: what prunes something in 24 steps.
 EMERGENT: dict[str, Callable[..., LearnedMask]] = {
@@ -192,6 +208,26 @@ APART: dict[str, Callable[..., LearnedMask]] = {
 }
 
 
+def stored(names: Iterable[str], compressed: Collection[str] = IN_PLACE) -> list[Any]:
+    """Names and storages as pytest parameters: all dense, and some of them compressed too.
+
+    Args:
+        names: Of methods.
+        compressed: Those that run with compressed storage too.
+    """
+    names = list(names)
+    dense = [pytest.param(name, "dense", id=name) for name in names]
+    return dense + [
+        pytest.param(name, "csr", id=f"{name}-csr") for name in names if name in compressed
+    ]
+
+
+def made(name: str, storage: str, *args: Any, **options: Any) -> list[Callback]:
+    """A method as the table has it, and what keeps its weights compressed if that is asked for."""
+    method = METHODS[name](*args, **options)
+    return [method] if storage == "dense" else [method, SparseCompute("csr")]
+
+
 def expected_live(
     name: str,
     density: float,
@@ -199,8 +235,9 @@ def expected_live(
     parts: Sequence[Sequence[str]] | None = None,
     layouts: Mapping[str, Layout] | None = None,
 ) -> int:
-    """Live weights at the end: the density to the weight, but for SNAPit and SRigL.
+    """Live weights at the end: the density to the weight, but for DSD, SNAPit and SRigL.
 
+    After DSD all are live: that its sparse phase has the density is a test of its own.
     SNAPit has the density of all neurons, each with all of its weights. SRigL has c weights
     at each of its a live neurons: at the start all neurons and the rounded mean of the
     layer's budget, later as many as a neurons can share evenly of that.
@@ -214,6 +251,8 @@ def expected_live(
     """
     numel = sum(mask.numel() for mask in masks.values())
     parts = parts or [list(masks)]
+    if name in END_DENSE:
+        return numel
     if name == "SNAPit":
         return _live_neurons(density, masks, parts, layouts or {})
     if name != "SRigL":

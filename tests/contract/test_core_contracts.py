@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from doubles import assert_close, double, doubles
 from lightning.pytorch.callbacks import ModelCheckpoint
 from methods import (
     APART,
+    END_DENSE,
     FULL_MATRIX,
+    IN_PLACE,
     INITIAL,
     LINEAR_ONLY,
     METHODS,
@@ -20,8 +24,10 @@ from methods import (
     SINGLE_WEIGHTS,
     UPDATERS,
     expected_live,
+    made,
     public_callbacks,
     public_methods,
+    stored,
 )
 
 from lightning_sparsity import NM, Block, Columns, Rows, StaticSparse
@@ -39,11 +45,12 @@ STRUCTURES = {
 def test_the_table_is_complete() -> None:
     # Powerpropagation makes no masks; it has tests of its own.
     assert set(METHODS) | set(APART) == public_methods() - {"Powerpropagation"}
-    # The monitor has contracts of its own, in tests/integration/test_monitor_fit.py.
+    # These two have contracts of their own, in tests/integration.
     assert public_callbacks() == public_methods() | {
         "MaskCallback",
         "LearnedMask",
         "DensityMonitor",
+        "SparseCompute",
     }
     assert set(FULL_MATRIX) <= set(UPDATERS) < set(METHODS)
 
@@ -51,31 +58,49 @@ def test_the_table_is_complete() -> None:
 # 1. exact budget ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("density", [0.013, 0.1, 0.5, 0.9])
-@pytest.mark.parametrize("name", METHODS)
-def test_budget_is_exact(name: str, density: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "storage", "density"),
+    [
+        pytest.param(*case.values, density, id=f"{case.id}-{density}")
+        for case in stored(METHODS)
+        for density in ([0.013, 0.1, 0.5, 0.9] if "dense" in case.values else [0.013])
+    ],
+)
+def test_budget_is_exact(name: str, storage: str, density: float) -> None:
     if name == "SNAPit" and density < 0.1:  # three layers cannot live on one neuron
         with pytest.raises(ValueError, match="^SNAPit: 0 live units are too few for 3 layers"):
-            fit([METHODS[name](density)])
+            fit(made(name, storage, density))
         return
-    result = fit([METHODS[name](density)])
+    result = fit(made(name, storage, density))
     numel = sum(mask.numel() for mask in result.masks.values())
     assert numel == 8 * 9 * (name not in LINEAR_ONLY) + 128 * 16 + 16 * 4
     assert result.live == expected_live(name, density, result.masks)
     if name not in (
         "GMP",
+        "GSM",
         "Magnitude",
         "ACDC",
         "NeST",
         "SRigL",
         "GraNet",
         "LotteryTicket",
+        "DSD",
+        "IHT",
         "OptG",
         "DPF",
         "MovementPruning",
     ):  # their density changes on the way
         assert {sum(live.values()) for _, live in result.history} == {result.live}
         assert name in MOVE_BETWEEN_LAYERS or len(_counts(result)) == 1
+
+
+@pytest.mark.parametrize("density", [0.013, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("name", END_DENSE)
+def test_budget_is_exact_before_the_dense_end(name: str, density: float) -> None:
+    result = fit([METHODS[name](density)])
+    numel = sum(mask.numel() for mask in result.masks.values())
+    totals = {sum(live.values()) for _, live in result.history}
+    assert totals == {numel, round(density * numel)}
 
 
 def _counts(result: Result) -> set[tuple[int, ...]]:
@@ -95,12 +120,14 @@ def test_updates_happen(name: str) -> None:
         "SRigL": 4,
         "GSE": 3,
         "GMP": 5,
+        "GSM": 1,
         "Magnitude": 1,
         "MEST": 4,
         "ACDC": 3,
         "NeST": 5,
         "DeepR": 22,
         "DSR": 5,
+        "IHT": 5,
         "GraNet": 5,
         "OptG": 4,
         "DNW": 22,
@@ -122,7 +149,9 @@ def test_structures_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in SINGLE_WEIGHTS])
+@pytest.mark.parametrize(
+    "name", [name for name in METHODS if name not in (*SINGLE_WEIGHTS, *END_DENSE)]
+)
 def test_budget_is_exact_in_units(name: str, structure: str) -> None:
     unit = STRUCTURES[structure]
     density = None if isinstance(unit, NM) else 0.5
@@ -152,19 +181,24 @@ def _layout() -> Any:
 # 2. zero off the mask: the probe inside ``fit`` checks it after every batch ---------
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_saved_file_is_plain_and_zero_off_the_mask(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "storage"), stored(METHODS))
+def test_saved_file_is_plain_and_zero_off_the_mask(name: str, storage: str, tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, filename="end", save_on_train_epoch_end=True)
-    result = fit([METHODS[name](), saver], enable_checkpointing=True)
+    result = fit([*made(name, storage), saver], enable_checkpointing=True)
     file = torch.load(tmp_path / "end.ckpt", weights_only=True)
     bare = TinyModel()
     bare.load_state_dict(file["state_dict"], strict=True)
+    bare.configure_optimizers().load_state_dict(file["optimizer_states"][0])
+    momenta = [state["momentum_buffer"] for state in file["optimizer_states"][0]["state"].values()]
+    stepped = [p for p in bare.parameters() if p.requires_grad]
+    if name != "EdgePopup":  # its weights are never stepped
+        assert [m.shape for m in momenta if m is not None] == [p.shape for p in stepped]
     assert list(file["state_dict"]) == list(TinyModel().state_dict())
     zeros = 0
     for key, mask in result.masks.items():
         assert not file["state_dict"][key][~mask].any()
         zeros += int((~mask).sum())
-    assert zeros > 0
+    assert (zeros > 0) == (name not in END_DENSE)
     moved = TinyModel.load_from_checkpoint(tmp_path / "end.ckpt")
     for key, mask in result.masks.items():
         assert not moved.state_dict()[key][~mask].any()
@@ -174,12 +208,19 @@ def test_saved_file_is_plain_and_zero_off_the_mask(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-@pytest.mark.parametrize("step", [8, 12, 16])  # the end of an epoch, mid-epoch, the end of one
-@pytest.mark.parametrize("name", METHODS)
-def test_resume_equals_not_stopping(name: str, step: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "storage", "step"),
+    [
+        pytest.param(*case.values, step, id=f"{case.id}-{step}")
+        for case in stored(METHODS)
+        # the end of an epoch, mid-epoch, the end of one
+        for step in ([8, 12, 16] if "dense" in case.values else [8, 12])
+    ],
+)
+def test_resume_equals_not_stopping(name: str, storage: str, step: int, tmp_path: Path) -> None:
     def run(**kwargs: Any) -> Result:
         saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
-        return fit([METHODS[name](), saver], enable_checkpointing=True, **kwargs)
+        return fit([*made(name, storage), saver], enable_checkpointing=True, **kwargs)
 
     whole = run()
     # another seed: nothing may depend on where the second process starts
@@ -192,6 +233,13 @@ def test_resume_equals_not_stopping(name: str, step: int, tmp_path: Path) -> Non
 # 4. density 1 is no callback ------------------------------------------------------
 
 
+# A method that ends with another density, or with another learning rate, is told not to.
+AT_ONE: dict[str, dict[str, Any]] = {
+    "LotteryTicket": {"treatment": "fine_tune"},  # nothing goes back
+    "DSD": {"lr_factor": 1.0},  # nor does the learning rate fall
+}
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_density_one_is_bit_identical_to_no_callback(name: str) -> None:
     if name == "EdgePopup":  # its weights never move
@@ -200,12 +248,24 @@ def test_density_one_is_bit_identical_to_no_callback(name: str) -> None:
         begun = TinyModel().state_dict()
         assert all(torch.equal(result.weights[key], begun[key]) for key in result.masks)
         return
-    options = {"treatment": "fine_tune"} if name == "LotteryTicket" else {}  # nothing goes back
-    with_callback = fit([METHODS[name](1.0, **options)])
+    with_callback = fit([METHODS[name](1.0, **AT_ONE.get(name, {}))])
     without = fit([])
     assert all(mask.all() for mask in with_callback.masks.values())
     with_callback.masks = {}
     with_callback.assert_equal(without)
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_density_one_is_no_callback_up_to_rounding_if_compressed(name: str) -> None:
+    # products with compressed weights add numbers in another order
+    with_callback = fit(made(name, "csr", 1.0, **AT_ONE.get(name, {})), double, data=doubles())
+    assert all(mask.all() for mask in with_callback.masks.values())
+    assert_close(with_callback, _without(), 1e-11)
+
+
+@functools.cache
+def _without() -> Result:
+    return fit([], double, data=doubles())
 
 
 # 5. bad input ---------------------------------------------------------------------
@@ -255,8 +315,8 @@ def test_what_does_not_fit_the_model(
     assert str(caught.value).startswith(name) or "distribution" in bad
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_failed_start_leaves_the_model_as_it_was(name: str) -> None:
+@pytest.mark.parametrize(("name", "storage"), stored(METHODS, ["RigL", "SNIP"]))
+def test_a_failed_start_leaves_the_model_as_it_was(name: str, storage: str) -> None:
     torch.manual_seed(3)
     models = []
 
@@ -265,7 +325,7 @@ def test_a_failed_start_leaves_the_model_as_it_was(name: str) -> None:
         return models[-1]
 
     with pytest.raises(ValueError, match="names no parameter"):
-        fit([METHODS[name](include="nothing")], make)
+        fit(made(name, storage, include="nothing"), make)
     untouched = fit([], max_epochs=0)
     for key, value in models[-1].state_dict().items():
         assert torch.equal(value, untouched.model.state_dict()[key])

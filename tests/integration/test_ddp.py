@@ -69,3 +69,37 @@ def test_masks_agree_on_two_ranks(name: str, tmp_path: Path) -> None:
     assert sum(live.values()) == round(0.3 * 2184)
     assert steps == 24
     assert changes == {"StaticSparse": 0, "Magnitude": 1, "SET": 2, "RigL": 4, "GMP": 5}[name]
+
+
+DIFFERENT = """
+import os
+import torch
+from lightning_sparsity import RigL
+from lightning_sparsity.testing import Batches, fit
+
+torch.set_num_threads(1)
+rank = int(os.environ.get("LOCAL_RANK", 0))
+try:
+    fit([RigL(0.3, seed=rank)], data=Batches(), strategy="ddp", devices=2)
+except RuntimeError as error:
+    os.write(1, f"RAISED {rank} {error}\\n".encode())  # at once, not between the other's lines
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_masks_that_differ_are_an_error_that_names_parameter_and_rank(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(DIFFERENT)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+    )
+    said = [x for x in done.stdout.splitlines() if x.startswith("RAISED")]
+    assert len(said) == 2, done.stderr[-3000:]
+    for line in said:
+        assert "net.0.weight: at the start the mask of rank 1 is not that of rank 0" in line

@@ -207,10 +207,10 @@ def test_without_drift_and_noise_only_gradients_flip_signs() -> None:
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
-        ({"l1": -1e-5}, ValueError, "l1=-1e-05.*>= 0"),
-        ({"l1": math.nan}, ValueError, "l1=nan.*finite"),
+        ({"l1": -1e-5}, ValueError, "l1=-1e-05.*at least 0"),
+        ({"l1": math.nan}, ValueError, "l1=nan.*at least 0"),
         ({"l1": "small"}, TypeError, "l1='small'.*number"),
-        ({"temperature": -1}, ValueError, "temperature=-1.*>= 0"),
+        ({"temperature": -1}, ValueError, "temperature=-1.*at least 0"),
         ({"temperature": True}, TypeError, "temperature=True"),
         ({"share": 0.5}, TypeError, "share=0.5.*global_by"),
     ],

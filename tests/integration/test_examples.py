@@ -105,6 +105,16 @@ def test_learned_masks(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 5
 
 
+def test_lottery_ticket(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--density", 0.1, "--rounds", 2, "--epochs", 2, "--output", tmp_path / "runs")
+    run("lottery_ticket.py", *arguments)
+    printed = capsys.readouterr().out
+    assert re.findall(r"(\d+) live weights", printed) == ["84480", "26715", "8448"]
+    assert printed.count("test accuracy") == 5
+    run("lottery_ticket.py", *arguments)  # only the controls are trained again
+    assert capsys.readouterr().out == printed
+
+
 @EXISTS
 def test_mnist_resumes(run: Run, digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("mnist_rigl.py", "--data-dir", digits, "--method", "static")
@@ -308,3 +318,12 @@ def test_config_gives_a_ramp(from_config: Any, ramp: Any, halfway: float) -> Non
     made = from_config("GMP", {"density": 0.1} | ({"ramp": ramp} if ramp else {}))
     assert made.ramp is not None
     assert made.ramp(1.0, 0.1)(0.5) == halfway
+
+
+def test_sparse_compute_tells_time_and_memory(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run("sparse_compute.py", "--hidden", 96, "--epochs", 3, "--density", 0.2)
+    told = capsys.readouterr().out
+    for name in ("dense", "sparse, stored densely", "sparse, compressed"):
+        assert re.search(rf"{name}: [\d.]+ ms per step, \d+ MiB", told), told
+    live = float(re.search(r"live: ([\d.]+)", told)[1])
+    assert 0 < live < 0.3

@@ -304,7 +304,7 @@ def test_examples_are_counted() -> None:
         ({"stretch": 1.1}, TypeError, "must be two numbers"),
         ({"lr": -1e-3}, ValueError, "lr must be at least 0"),
         ({"lr": True}, TypeError, "lr must be a number"),
-        ({"examples": 0}, ValueError, "examples must be at least 1"),
+        ({"examples": 0}, ValueError, "must be at least 1"),
         ({"structure": NM(2, 4)}, ValueError, "keep no pattern; use Rows"),
         ({"seed": 1.5}, TypeError, "must be an int"),
     ],

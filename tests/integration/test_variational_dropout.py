@@ -280,7 +280,7 @@ def test_examples_are_counted() -> None:
         ({"warmup": 0.1}, TypeError, "two fractions of the window in order"),
         ({"log_sigma2_init": math.inf}, ValueError, "log_sigma2_init must be finite"),
         ({"lr": -1.0}, ValueError, "lr must be at least 0"),
-        ({"examples": 0}, ValueError, "examples must be at least 1"),
+        ({"examples": 0}, ValueError, "must be at least 1"),
         ({"seed": "1"}, TypeError, "must be an int"),
     ],
 )

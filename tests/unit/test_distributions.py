@@ -220,12 +220,15 @@ def test_keep_dense_names_a_pattern_without_a_match(lenet):
     assert unmatched(erk, names) == []
 
 
-@pytest.mark.parametrize("make", [per_layer, lambda patterns: keep_dense(erk, patterns)])
-def test_patterns_are_checked(make):
+@pytest.mark.parametrize(
+    ("make", "none", "numbers"),
+    [(per_layer, {}, {3: 0.5}), (lambda patterns: keep_dense(erk, patterns), [], [3])],
+)
+def test_patterns_are_checked(make, none, numbers):
     with pytest.raises(ValueError, match="needs at least one pattern"):
-        make({})
-    with pytest.raises(TypeError, match="patterns must be strings"):
-        make({3: 0.5})
+        make(none)
+    with pytest.raises(TypeError, match="patterns of layers must be strings"):
+        make(numbers)
 
 
 # By score

@@ -6,6 +6,7 @@ import pickle
 import pytest
 
 from lightning_sparsity.schedules import (
+    alternating,
     constant,
     cosine,
     cubic,
@@ -226,3 +227,14 @@ def test_command_lines_can_make_them(class_path, init_args, expected):
     parsed = parser.parse_object({"schedule": config})
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
     assert instantiate(parsed).schedule == expected
+
+
+def test_alternating_is_dense_outside_of_its_phases():
+    density = alternating(((0.2, 0.5), (0.8, 1.0)))(0.7, 0.1)
+    assert [density(x) for x in (0, 0.19, 0.2, 0.49, 0.5, 0.79, 0.8, 1)] == [
+        *(1, 1, 0.1, 0.1),
+        *(1, 1, 0.1, 0.1),
+    ]
+    assert [alternating()(1.0, 0.1)(x) for x in (0, 0.99, 1)] == [1, 1, 0.1]
+    assert [alternating(((0.1, 0.3), (0.7, 1))).are_over(x) for x in (0.2, 0.69, 0.7)] == [0, 0, 1]
+    assert pickle.loads(pickle.dumps(density)) == density

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lightning_sparsity import epochs
-from lightning_sparsity.core.window import Steps, Window, is_time, resolve
+from lightning_sparsity.core.window import Ends, Steps, Window, check_moment, is_time, resolve
 
 
 def due(steps, until=40):
@@ -196,3 +196,27 @@ def test_windows_pickle_and_compare():
     assert pickle.loads(pickle.dumps(window)) == window == eval(repr(window))
     assert window != Window("epoch", 0, 0.5)
     assert window.resolve(20) == Steps(epochs(5), 0, 10)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "expected"),
+    [(5, 11, [5, 11]), (1, 30, [1, 30]), (0, 8, [8]), (7, 7, [7]), (0.25, 0.5, [10, 20])],
+)
+def test_updates_at_both_ends(start, end, expected):
+    window = Ends(start=start, end=end)
+    assert due(window.resolve(40)) == expected
+    assert not window.resolve(40).jumps
+    assert pickle.loads(pickle.dumps(window)) == window != Ends(start=start, end=39)
+
+
+def test_moments_of_a_round():
+    for good in (0, 7, 0.0, 0.99):
+        check_moment("f(x=)", good)
+    for bad in (-1, 1.0, -0.5, math.nan):
+        with pytest.raises(
+            ValueError, match=r"^f\(x=\): must be an optimizer step \(int >= 0\) or"
+        ):
+            check_moment("f(x=)", bad)
+    for bad in (True, None, "end"):
+        with pytest.raises(TypeError, match=r"^f\(x=\): must be an optimizer step"):
+            check_moment("f(x=)", bad)
