@@ -244,7 +244,7 @@ def main() -> None:
     pool = multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1)
     new = not args.output.exists()
     with pool, args.output.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if new:
             writer.writeheader()
         work = pool.imap_unordered(

@@ -350,8 +350,7 @@ class Bytes(pl.Callback):
             "optimizer": sum(t.nbytes for s in states for t in s.values() if hasattr(t, "nbytes")),
             "pattern": sum(p.nbytes for p in patterns) + peer_pattern(pl_module),
             "mask": sum(
-                kept.mask.nbytes + (0 if kept.compressed else kept.gate.nbytes)
-                for kept in self._masks
+                kept.mask.nbytes + kept.gate.nbytes for kept in self._masks if not kept.compressed
             ),
         }
 
@@ -439,7 +438,7 @@ def measure(tasks: Sequence[Task], output: Path, environment: dict[str, str]) ->
     new = not output.exists()
     failed = 0
     with output.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if new:
             writer.writeheader()
         for number, task in enumerate(due, 1):

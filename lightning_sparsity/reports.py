@@ -126,7 +126,7 @@ def storage_table(masks: Masks, storage: Storage) -> str:
             [
                 kept.name,
                 f"{kept.density:.4f}",
-                "dense" if kept.compressed is None else "csr",
+                "dense" if kept.compressed is None else f"csr, {kept.compressed.kernels}",
                 *("" if ms is None else f"{ms:.3g}" for ms in times),
                 f"{_memory(kept):.0%}",
                 why or (f"read densely {reads} times" if reads else ""),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import Literal, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -59,19 +59,20 @@ class SparseCompute(SparsityCallback):
         exclude: Which of those stay dense.
         kernels: What multiplies by compressed weights: "torch", torch's own sparse products, or
             "native", kernels that come with this package as C source and are compiled for the
-            processor at hand when they are first asked for: faster, for CPUs only, and they need
-            a C compiler.
+            processor at hand when they are first used: about twice as fast, for CPUs only, and
+            they need a C compiler. "auto": both are measured where the layout is, if there is a
+            compiler; without measuring, torch's.
         contiguous: Whether the outputs of compressed linear layers are copied to be contiguous,
             as those of dense ones are; inside an ``nn.Sequential`` they are not where only
-            activation functions stand before the next compressed layer. False is faster for
-            models that call the layers themselves, and then ``.view`` of such an output fails
-            where ``.reshape`` works.
+            activation functions stand before the next linear or compressed layer. False is
+            faster for models that call the layers themselves, and then ``.view`` of such an
+            output fails where ``.reshape`` works.
         elementwise: Further optimizer classes that treat every weight by itself, whatever the
             shape of the parameter, as those of ``torch.optim`` from SGD to AdamW do.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If ``layout`` or ``kernels`` is none of the two.
+        ValueError: If ``layout`` or ``kernels`` is none of those named.
 
     Example::
 
@@ -84,7 +85,7 @@ class SparseCompute(SparsityCallback):
         *,
         include: Selection = linear_and_conv,
         exclude: Selection = (),
-        kernels: Kernels = "torch",
+        kernels: Kernels | Literal["auto"] = "auto",
         contiguous: bool = True,
         elementwise: Sequence[type[Optimizer]] = (),
     ) -> None:
@@ -92,10 +93,10 @@ class SparseCompute(SparsityCallback):
             raise ValueError(
                 f"SparseCompute(layout={layout!r}): must be 'auto', which measures, or 'csr'."
             )
-        if kernels not in get_args(Kernels):
+        if kernels not in ("auto", *get_args(Kernels)):
             raise ValueError(
-                f"SparseCompute(kernels={kernels!r}): must be 'torch', or 'native' to compile the "
-                "kernels of this package."
+                f"SparseCompute(kernels={kernels!r}): must be 'auto', 'torch', or 'native' to use "
+                "no others than the kernels of this package."
             )
         if not isinstance(contiguous, bool):
             raise TypeError(f"SparseCompute(contiguous={contiguous!r}): must be True or False.")
@@ -108,7 +109,7 @@ class SparseCompute(SparsityCallback):
         self.layout: Layout = layout
         self.include = include
         self.exclude = exclude
-        self.kernels: Kernels = kernels
+        self.kernels = kernels
         self.contiguous = contiguous
         self.elementwise = kinds
 

@@ -21,9 +21,11 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process has, detached; shares memory."""
+    """The part of a tensor that this process has, detached; a whole one as it is."""
+    if not is_sharded(tensor):
+        return tensor
     sharded: Any = tensor.detach()
-    part: Tensor = sharded.to_local() if is_sharded(tensor) else sharded
+    part: Tensor = sharded.to_local()
     return part
 
 

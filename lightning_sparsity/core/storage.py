@@ -18,6 +18,7 @@ from lightning_sparsity.core.filters import Selection
 from lightning_sparsity.core.masks import Masks, resize
 from lightning_sparsity.core.parameter import SparseParameter
 from lightning_sparsity.core.ranks import mean_over_ranks
+from lightning_sparsity.ops import native
 from lightning_sparsity.ops.compressed import Kernels
 
 Layout = Literal["auto", "csr"]
@@ -70,7 +71,7 @@ class StoragePolicy(Protocol):
         layout: "auto" or "csr".
         include: Which weights may be compressed.
         exclude: Which of those stay dense.
-        kernels: What multiplies by compressed weights.
+        kernels: What multiplies by compressed weights; "auto": what measures faster.
         contiguous: Whether outputs of compressed layers are contiguous where it matters.
         elementwise: Further optimizers that treat every weight by itself.
     """
@@ -78,7 +79,7 @@ class StoragePolicy(Protocol):
     layout: Layout
     include: Selection
     exclude: Selection
-    kernels: Kernels
+    kernels: Kernels | Literal["auto"]
     contiguous: bool
     elementwise: tuple[type[Optimizer], ...]
 
@@ -96,12 +97,14 @@ class Choice:
         density: Live share of the weight as it was decided.
         dense_ms: Forward and backward pass of the layer with dense storage; None: not measured.
         compressed_ms: The same with compressed storage.
+        kernels: What multiplies by the compressed weight.
     """
 
     compressed: bool
     density: float
     dense_ms: float | None = None
     compressed_ms: float | None = None
+    kernels: Kernels = "torch"
 
     def holds_at(self, density: float) -> bool:
         """Whether the density is still within a factor of two."""
@@ -196,11 +199,13 @@ class Storage:
                 for name, choice in saved.items()
                 if name in self._masks and name not in self.reasons
             }
+            able = self._kernels()
+            self.choices = {n: c for n, c in self.choices.items() if c.kernels in able}
             for kept in self._candidates():
                 self._watch(kept)
         for name, choice in self.choices.items():
             if choice.compressed and not self._is_busy(name):
-                self._compress(self._masks[name])
+                self._compress(self._masks[name], choice.kernels)
         if self._policy.layout == "csr":
             self.settle()
         if self.choices or not self._candidates():
@@ -303,11 +308,13 @@ class Storage:
         decided = {kept.name: asdict(self._decide(kept)) for kept in due}
         for name, choice in self._broadcast(decided).items():
             kept = self._masks[name]
-            self.choices[name] = Choice(**choice)
-            if self.choices[name].compressed and kept.compressed is None:
-                self._compress(kept)
-            elif not self.choices[name].compressed and kept.compressed is not None:
+            mine = self.choices[name] = Choice(**choice)
+            if kept.compressed is not None and not mine.compressed:
                 self._expand(kept)
+            elif kept.compressed is not None:
+                kept.compressed.kernels = mine.kernels
+            elif mine.compressed:
+                self._compress(kept, mine.kernels)
         self._announce()
 
     def _is_due(self, kept: SparseParameter) -> bool:
@@ -321,10 +328,22 @@ class Storage:
         return choice.compressed != (kept.compressed is not None)  # it had to be dense for a while
 
     def _decide(self, kept: SparseParameter) -> Choice:
+        able = self._kernels()
         if self._policy.layout == "csr":
-            return Choice(True, kept.density)
-        dense, compressed = measure(kept, self._loads[kept.name], self._policy.kernels)
-        return Choice(compressed < dense, kept.density, dense, compressed)
+            return Choice(True, kept.density, kernels=able[0])
+        load = self._loads[kept.name]
+        found = {kernels: measure(kept, load, kernels) for kernels in able}
+        kernels = min(found, key=lambda kernels: found[kernels][1])
+        dense, compressed = found[kernels]
+        return Choice(compressed < dense, kept.density, dense, compressed, kernels)
+
+    def _kernels(self) -> list[Kernels]:
+        """What there is to choose from; the first is what is not measured."""
+        if self._policy.kernels != "auto":
+            return [self._policy.kernels]
+        on_cpu = all(kept.parameter.device.type == "cpu" for kept in self._masks)
+        measures = self._policy.layout == "auto" and on_cpu
+        return ["torch", "native"] if measures and native.unavailable() is None else ["torch"]
 
     def finish(self) -> None:
         """Show the table once more if somebody but the layers has read compressed weights."""
@@ -344,14 +363,14 @@ class Storage:
         for module in self._modules:
             if type(module) is nn.Sequential:
                 for first, after in _neighbours(list(module)):
-                    if id(first) in mine and id(after) in mine:
+                    if id(first) in mine and (id(after) in mine or type(after) is nn.Linear):
                         mine[id(first)].is_chained |= not isinstance(first, nn.Conv1d | nn.Conv2d)
 
     # --------------------------------------------------------------------- in and out
 
     @torch.no_grad()
-    def _compress(self, kept: SparseParameter) -> None:
-        compressed = CompressedWeight(kept.parameter, kept.mask, self._policy.kernels)
+    def _compress(self, kept: SparseParameter, kernels: Kernels) -> None:
+        compressed = CompressedWeight(kept.parameter, kept.mask, kernels)
         resize(kept, compressed.compress, self._optimizers())
         compressed.install(self._modules)
         kept.store(compressed)

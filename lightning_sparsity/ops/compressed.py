@@ -22,6 +22,9 @@ from lightning_sparsity.ops import native
 DTYPES = (torch.float32, torch.float64)
 """Dtypes that torch multiplies compressed matrices of, on every device."""
 
+_FEW = 4
+"""Samples from which the native kernels are faster: they read whole vectors of them."""
+
 Record = Callable[[Tensor, Tensor], None]
 """Is shown input ``(columns, batch)`` and output gradient ``(rows, batch)`` of a product."""
 
@@ -203,7 +206,7 @@ class _Product(torch.autograd.Function):
 
 def _multiply(matrix: Tensor, across: Tensor, bias: Tensor | None, kernels: Kernels) -> Tensor:
     """``matrix @ across + bias[:, None]``."""
-    if kernels == "native":
+    if kernels == "native" and across.shape[1] >= _FEW:
         return native.multiply(matrix, across, None if bias is None else bias.contiguous())
     if bias is None:
         return matrix @ across

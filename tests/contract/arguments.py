@@ -378,7 +378,7 @@ ARGUMENTS: dict[str, Kind] = {
     "SoftMovementPruning.threshold": number(0, 1, low_in=False, high_in=False),
     "SoftMovementPruning.min_density": SHARE,
     "SparseCompute.layout": choice("auto", "csr"),
-    "SparseCompute.kernels": choice("torch", "native"),
+    "SparseCompute.kernels": choice("auto", "torch", "native"),
     "SparseCompute.contiguous": FLAG,
     "SparseCompute.elementwise": Kind(
         ((), (torch.optim.SGD,), [torch.optim.Adam]),

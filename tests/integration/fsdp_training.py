@@ -43,6 +43,9 @@ METHODS: dict[str, Callable[[], list[Callback]]] = {
     "SNFS": lambda: [SNFS(0.3, update_interval=4)],
     "ACDC": lambda: [ACDC(0.3)],
 }
+WITH_DATA: dict[str, Callable[[int], list[Callback]]] = {
+    "SNIP": lambda processes: [SNIP(0.3, data=Halves(processes), batches=4)],
+}
 REFUSED: dict[str, Callable[[], list[Callback]]] = {
     "OptG": lambda: [OptG(0.3)],
     "SNIP": lambda: [SNIP(0.3)],
@@ -78,7 +81,8 @@ class Model(TinyModel):
         self.double()
 
     def configure_model(self) -> None:
-        if self.trainer.world_size > 1 and not isinstance(self.net[0].weight, DTensor):
+        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
+        if sharded and not isinstance(self.net[0].weight, DTensor):
             mesh = self.device_mesh["data_parallel"]
             for layer in self.net:
                 if isinstance(layer, nn.Linear):
@@ -91,12 +95,14 @@ class StopAfterTwo(Callback):
         trainer.should_stop = trainer.current_epoch == 1
 
 
-def train(callbacks: list[Callback], processes: int, **options: Any) -> Result:
+def train(
+    callbacks: list[Callback], processes: int, *, sharded: bool = True, **options: Any
+) -> Result:
     if processes > 1:
         strategy = ModelParallelStrategy(
             data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False
         )
-        options |= {"strategy": strategy, "devices": processes}
+        options |= {"strategy": strategy if sharded else "ddp", "devices": processes}
     return fit(callbacks, Model, data=Halves(processes), **options)
 
 
@@ -113,6 +119,9 @@ def main(folder: Path, rank: int) -> None:
     found: dict[str, Any] = {}
     for name, make in METHODS.items():
         found[name] = outcome(train(make(), 2))
+        found[f"{name}, DDP"] = outcome(train(make(), 2, sharded=False))
+    for name, of in WITH_DATA.items():
+        found[f"{name}, DDP"] = outcome(train(of(2), 2, sharded=False))
     for name, make in REFUSED.items():
         try:
             train(make(), 2)

@@ -1,4 +1,4 @@
-"""FSDP2 over two processes: the masks of one process, bit for bit."""
+"""Two processes, FSDP2 and DDP: the masks of one process, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from fsdp_training import METHODS, train
+from fsdp_training import METHODS, WITH_DATA, train
+
+from lightning_sparsity.testing import Result
 
 pytestmark = [
     pytest.mark.ddp,
@@ -46,11 +48,24 @@ def test_masks_are_those_of_one_process(name: str, ranks: list[dict[str, Any]]) 
     alone = train(METHODS[name](), 1)
     assert alone.changes > 0
     for rank in ranks:
-        assert rank[name]["history"] == alone.history
-        for key, mask in alone.masks.items():
-            assert torch.equal(rank[name]["masks"][key], mask), key
-        for key, weight in alone.weights.items():
-            torch.testing.assert_close(rank[name]["weights"][key], weight, rtol=0, atol=1e-12)
+        assert_equal(rank[name], alone)
+        assert_equal(rank[f"{name}, DDP"], alone)
+
+
+@pytest.mark.parametrize("name", WITH_DATA)
+def test_scores_of_data_are_those_of_one_process(name: str, ranks: list[dict[str, Any]]) -> None:
+    alone = train(WITH_DATA[name](1), 1)
+    for rank in ranks:
+        assert_equal(rank[f"{name}, DDP"], alone)
+
+
+def assert_equal(found: dict[str, Any], alone: Result) -> None:
+    """Raise unless masks are equal to the bit after every batch, and weights to rounding."""
+    assert found["history"] == alone.history
+    for key, mask in alone.masks.items():
+        assert torch.equal(found["masks"][key], mask), key
+    for key, weight in alone.weights.items():
+        torch.testing.assert_close(found["weights"][key], weight, rtol=0, atol=1e-12)
 
 
 def test_resuming_two_processes_equals_not_stopping(ranks: list[dict[str, Any]]) -> None:

@@ -102,7 +102,7 @@ def test_methods_of_the_documentation_train(name: str) -> None:
 def test_ci_runs_the_second_command() -> None:
     quickstart, tests = (block.strip() for block in blocks("bash"))
     assert quickstart.endswith("python examples/quickstart.py")
-    assert tests.endswith("pytest")
+    assert tests.endswith("pytest -n auto --dist loadfile")
     assert tests in (ROOT / ".ci" / "run").read_text().splitlines()
 
 

@@ -43,6 +43,7 @@ from lightning_sparsity.core.keeper import MaskKeeper
 from lightning_sparsity.core.live import Formed
 from lightning_sparsity.core.masks import Masks
 from lightning_sparsity.core.storage import Storage
+from lightning_sparsity.ops import compressed as ops_module
 from lightning_sparsity.ops import native
 from lightning_sparsity.reports import storage_table
 from lightning_sparsity.testing import (
@@ -58,11 +59,14 @@ from lightning_sparsity.testing import (
 
 
 class Told(SparseCompute):
-    """Keeps what it announces."""
+    """Keeps what it announces; computes with torch's kernels, which are everywhere."""
 
     storage: Storage | None = None
     masks: Masks | None = None
     times = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"kernels": "torch", **kwargs})
 
     def announce(self, masks: Masks, storage: Storage) -> None:
         self.masks, self.storage = masks, storage
@@ -465,7 +469,9 @@ def test_weights_are_measured_again_when_their_density_has_halved(
         return 2.0, 1.0
 
     monkeypatch.setattr(storage_module, "measure", measure)
-    result = fit([GMP(0.05, update_interval=1, distribution={"*": 0.05}), SparseCompute()])
+    result = fit(
+        [GMP(0.05, update_interval=1, distribution={"*": 0.05}), SparseCompute(kernels="torch")]
+    )
     assert result.live < 0.06 * 2184
     assert len(densities) >= 4
     assert all(b <= a / 2 for a, b in itertools.pairwise(densities))
@@ -486,7 +492,11 @@ def test_a_weight_changes_its_storage_when_that_is_faster(
         def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
             kinds.append(masks_of(trainer)["net.5.weight"].compressed is not None)
 
-    packed = fit([GMP(0.05, update_interval=1), SparseCompute(), Watch()], double, data=doubles())
+    packed = fit(
+        [GMP(0.05, update_interval=1), SparseCompute(kernels="torch"), Watch()],
+        double,
+        data=doubles(),
+    )
     assert [kind for kind, _ in itertools.groupby(kinds)] == [
         compressed_first,
         not compressed_first,
@@ -502,7 +512,7 @@ def test_what_is_measured_is_the_first_step(monkeypatch: pytest.MonkeyPatch) -> 
         return 1.0, 2.0
 
     monkeypatch.setattr(storage_module, "measure", measure)
-    fit([rigl(), SparseCompute()], precision="bf16-mixed")
+    fit([rigl(), SparseCompute(kernels="torch")], precision="bf16-mixed")
     assert loads["net.0.weight"].shape == (8, 1, 6, 6)
     assert loads["net.5.weight"].shape == (8, 128)
     assert not loads["net.0.weight"].needs_grad
@@ -512,7 +522,7 @@ def test_what_is_measured_is_the_first_step(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_measuring_leaves_no_trace() -> None:
     dense = fit([rigl()], double, data=doubles())
-    measured = fit([rigl(), SparseCompute()], double, data=doubles())
+    measured = fit([rigl(), SparseCompute(kernels="torch")], double, data=doubles())
     assert_close(measured, dense, 1e-9)
 
 
@@ -644,17 +654,23 @@ def _refused(match: str, callbacks: list[Any], model: Any = TinyModel, **options
 
 
 def test_it_is_given_once() -> None:
-    _refused("SparseCompute is given twice", [rigl(), SparseCompute(), SparseCompute("csr")])
+    _refused(
+        "SparseCompute is given twice",
+        [rigl(), SparseCompute(kernels="torch"), SparseCompute("csr")],
+    )
 
 
 def test_it_needs_something_sparse() -> None:
-    _refused("makes sparse, and there is none; add one, such as StaticSparse", [SparseCompute()])
+    _refused(
+        "makes sparse, and there is none; add one, such as StaticSparse",
+        [SparseCompute(kernels="torch")],
+    )
 
 
 def test_a_compiled_model_is_refused() -> None:
     model = TinyModel()
     pl.seed_everything(3, verbose=False)
-    trainer = quiet_trainer([rigl(), SparseCompute()])
+    trainer = quiet_trainer([rigl(), SparseCompute(kernels="torch")])
     with pytest.raises(MisconfigurationException, match=r"SparseCompute and torch\.compile"):
         trainer.fit(torch.compile(model, backend="eager"), Batches())  # type: ignore[arg-type]
 
@@ -1065,7 +1081,7 @@ def test_kernels_that_cannot_be_compiled_are_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(native, "unavailable", lambda: "there is no C compiler.")
     with pytest.raises(MisconfigurationException, match=r"kernels='native'\): there is no C comp"):
         fit([METHODS["RigL"](), SparseCompute(kernels="native")])
-    with pytest.raises(ValueError, match=r"SparseCompute\(kernels='fast'\): must be 'torch'"):
+    with pytest.raises(ValueError, match=r"SparseCompute\(kernels='fast'\): must be 'auto'"):
         SparseCompute(kernels="fast")
 
 
@@ -1088,3 +1104,55 @@ def test_what_learned_its_mask_is_compressed_when_it_is_final(
         assert [all(row) for row in kinds] == [True] * 7 + [False] * 8 + [True] * 9
         assert not any(any(row) for row in kinds[7:15])
         assert result.live == round(0.2 * 2184)
+
+
+@pytest.mark.parametrize(
+    ("compiles", "faster", "used"),
+    [(True, "native", "native"), (True, "torch", "torch"), (False, "native", "torch")],
+)
+def test_the_faster_kernels_are_taken(
+    compiles: bool, faster: str, used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "unavailable", lambda: None if compiles else "no C compiler")
+    tried: list[str] = []
+
+    def measure(kept: Any, load: Any, kernels: str) -> tuple[float, float]:
+        tried.append(kernels)
+        return 3.0, 1.0 if kernels == faster else 2.0
+
+    monkeypatch.setattr(storage_module, "measure", measure)
+    found: list[Any] = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            masks = MaskKeeper.of(trainer).masks
+            found.append([(kept.compressed is not None, kept.compressed.kernels) for kept in masks])
+            trainer.should_stop = True
+
+    monkeypatch.setattr(ops_module, "native", torch_in_disguise())
+    fit([METHODS["StaticSparse"](), SparseCompute(), Watch()], max_epochs=1)
+    assert set(tried) == ({"torch", "native"} if compiles else {"torch"})
+    assert found[0] == [(True, used)] * 3
+
+
+def torch_in_disguise() -> Any:
+    """Kernels that count as native and need no compiler."""
+
+    class Kernels:
+        @staticmethod
+        def multiply(matrix: Tensor, dense: Tensor, bias: Tensor | None = None) -> Tensor:
+            out = matrix @ dense
+            return out if bias is None else out + bias[:, None]
+
+        @staticmethod
+        def sample(matrix: Tensor, left: Tensor, dense: Tensor) -> Tensor:
+            rows = matrix.to_dense() * 0 + left @ dense.t()
+            return rows[places_of(matrix)]
+
+    return Kernels
+
+
+def places_of(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    counts = matrix.crow_indices().diff()
+    rows = torch.arange(len(counts)).repeat_interleave(counts)
+    return rows, matrix.col_indices().long()

@@ -233,6 +233,7 @@ def test_auto_measures_what_has_been_given_something(monkeypatch: pytest.MonkeyP
         name: {
             "compressed": name == "0.weight",
             "density": setting.masks[name].density,
+            "kernels": "torch",
             "dense_ms": 2.0 if name == "0.weight" else 1.0,
             "compressed_ms": 1.0 if name == "0.weight" else 2.0,
         }
@@ -363,7 +364,7 @@ def test_outputs_stay_as_they_come_where_nobody_minds(net: Any, chained: list[bo
     assert out.is_contiguous()
 
 
-def test_a_dense_neighbour_gets_a_contiguous_input() -> None:
+def test_a_dense_linear_neighbour_takes_outputs_as_they_come() -> None:
     setting = Setting(mlp())
     setting.storage.start({})
     setting.storage.release(["2.weight"])
@@ -371,7 +372,7 @@ def test_a_dense_neighbour_gets_a_contiguous_input() -> None:
     setting.storage._announce()
     compressed = setting.kept[0].compressed
     assert compressed is not None
-    assert not compressed.is_chained
+    assert compressed.is_chained
 
 
 def test_all_outputs_may_stay_as_they_come() -> None:
