@@ -49,7 +49,7 @@ class SparseCompute(SparsityCallback):
     compute in the dtype of their weights, and their results get the dtype of the autocast.
     Weights that learn their masks are compressed when these are final. Somebody else who reads
     ``layer.weight`` gets the dense weight, differentiable, made anew every time; the table shows
-    how often. It cannot be written to.
+    how often. Writing to it raises an error.
 
     Args:
         layout: "auto" measures each layer with the inputs that it got in the first step, dense

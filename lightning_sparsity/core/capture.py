@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
 
@@ -12,6 +12,29 @@ from lightning_sparsity.core.parameter import SparseParameter
 
 Statistic = Literal["inputs", "output_grads"]
 """``inputs``: first argument of the layer; ``output_grads``: gradient of the loss by its output."""
+
+
+class Hook:
+    """A hook of layers that copies and pickles as one that does nothing.
+
+    Args:
+        function: What is called.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the function."""
+        return self._function(*args)
+
+    def __reduce__(self) -> Any:
+        """A copy of the layer has no part in the training."""
+        return Hook, (_nothing,)
+
+
+def _nothing(*args: Any) -> None:
+    """Does nothing."""
 
 
 class Capture:
@@ -30,7 +53,7 @@ class Capture:
         self._handles: list[Any] = []
         for kept in parameters:
             self._found[kept.name] = {statistic: [] for statistic in self._wanted}
-            hook = partial(self._after_forward, kept.name)
+            hook = Hook(partial(self._after_forward, kept.name))
             handle = kept.module.register_forward_hook(hook, with_kwargs=True)
             self._handles.append(handle)
 

@@ -49,7 +49,7 @@ class CompressedWeight(StandIn):
         self.view = Live(
             parameter.detach, lambda: self.pattern.positions, self.shape, parameter.detach()
         )
-        self._records: list[Callable[[], Tensor]] | None = None
+        self._records: _Records | None = None
         self._copy: weakref.ref[nn.Parameter] | None = None
         self._copied_at = (-1, -1)
 
@@ -99,10 +99,11 @@ class CompressedWeight(StandIn):
 
         What was recorded since the last call with False is kept by a call with True.
         """
-        if not wanted:
+        if wanted and self._records is None and self.parameter.requires_grad:
+            self._records = _Records(self.parameter)
+        elif not wanted and self._records is not None:
+            self._records.close()
             self._records = None
-        elif self._records is None:
-            self._records = []
 
     def dense_gradient(self, finish: Callable[[Tensor], Tensor]) -> Formed | None:
         """The gradient of what was recorded, formed when it is read; None if nothing was.
@@ -110,12 +111,14 @@ class CompressedWeight(StandIn):
         Args:
             finish: Applied to what was formed, such as a mean over processes.
         """
-        if not self._records:
+        if self._records is None or self.parameter.grad is None:
             return None
-        parts = list(self._records)
+        parts = self._records.arrived()
 
         def form() -> Tensor:
             with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+                if not parts:  # a gradient of zeros that nobody has cleared
+                    return finish(like.new_zeros(self.shape))
                 total = parts[0]()
                 for part in parts[1:]:
                     total += part()
@@ -123,6 +126,11 @@ class CompressedWeight(StandIn):
 
         like = self.parameter.detach()
         return Formed(form, self.shape, like)
+
+    def remove(self) -> None:
+        """Give every module its own class back, and let go of what was recorded."""
+        self.record(False)
+        super().remove()
 
     # ------------------------------------------------------------------- what layers do
 
@@ -156,7 +164,8 @@ class CompressedWeight(StandIn):
             return parameter
         if _length_for_autograd(parameter) == len(parameter):
             return parameter
-        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        others = len(getattr(parameter, "_post_accumulate_grad_hooks", None) or ())
+        if parameter._backward_hooks or others > (self._records is not None):
             raise RuntimeError(
                 "A compressed weight has changed its length while something, such as a loss kept "
                 "without .detach(), still holds the graph of an earlier batch, and there is a "
@@ -170,6 +179,8 @@ class CompressedWeight(StandIn):
         grad, leaf.grad = leaf.grad, None
         mine = self.parameter.grad
         self.parameter.grad = grad if mine is None or grad is None else mine + grad
+        if self._records is not None:
+            self._records.arrive()
 
     def _recorder(self) -> Callable[[Tensor, Tensor], None] | None:
         return None if self._records is None else self._keep
@@ -177,7 +188,7 @@ class CompressedWeight(StandIn):
     def _keep(self, across: Tensor, slopes: Tensor) -> None:
         if self._records is not None:
             given, came_back = across.detach(), slopes.detach()
-            self._records.append(lambda: came_back @ given.t())
+            self._records.add(lambda: came_back @ given.t())
 
     def seen(self, training: bool) -> Tensor:
         """The dense weight, which cannot be written to; its gradient arrives at the values."""
@@ -211,7 +222,7 @@ def as_matrix(tensor: Tensor) -> Tensor:
 
 def reason_to_stay_dense(module: nn.Module, parameter: nn.Parameter) -> str | None:
     """Why a layer's weight cannot be compressed; None if it can."""
-    kind = getattr(module, "_plain_class", type(module))
+    kind: Any = getattr(module, "_plain_class", type(module))
     if _FORWARDS.get(kind.forward) is None or module._parameters.get("weight") is not parameter:
         return f"{kind.__name__} has no product with a compressed weight"
     if parameter.dtype not in DTYPES:
@@ -219,6 +230,9 @@ def reason_to_stay_dense(module: nn.Module, parameter: nn.Parameter) -> str | No
     if not parameter.requires_grad:
         return "frozen"
     if isinstance(module, nn.Conv1d | nn.Conv2d):
+        own = next(k for k in (nn.Conv1d, nn.Conv2d) if issubclass(kind, k))._conv_forward
+        if kind._conv_forward is not own or "_conv_forward" in vars(module):
+            return f"{kind.__name__} has a convolution of its own"
         if module.groups != 1:
             return "its groups have a matrix each"
         if module.padding_mode != "zeros":
@@ -237,20 +251,72 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+class _Records:
+    """What forms the dense gradient of a weight: as much as has arrived at its ``.grad``.
+
+    A backward pass that never gets there (``autograd.grad``), or whose gradient was cleared,
+    does not count.
+
+    Args:
+        parameter: The values.
+    """
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self._parameter = parameter
+        self._arrived: list[Callable[[], Tensor]] = []
+        self._pending: list[tuple[int, Callable[[], Tensor]]] = []
+        self._version: int | None = None
+        self._handle = parameter.register_post_accumulate_grad_hook(self.arrive)
+
+    def add(self, part: Callable[[], Tensor]) -> None:
+        """Record a part in a backward pass, which may or may not arrive."""
+        self._forget_cleared()
+        task = torch._C._current_graph_task_id()
+        mine = [(of, other) for of, other in self._pending if of == task]
+        self._pending = [*mine, (task, part)]
+
+    def arrive(self, parameter: Tensor | None = None) -> None:
+        """The gradient of the backward pass at work has come to the parameter."""
+        task = torch._C._current_graph_task_id()
+        grad = self._parameter.grad
+        self._arrived += [part for of, part in self._pending if of == task]
+        self._pending = []
+        self._version = None if grad is None else grad._version
+
+    def arrived(self) -> list[Callable[[], Tensor]]:
+        """The parts of the gradient that there is."""
+        self._forget_cleared()
+        return list(self._arrived)
+
+    def _forget_cleared(self) -> None:
+        grad = self._parameter.grad
+        if grad is None or (grad._version != self._version and not grad.any()):
+            self._arrived = []
+
+    def close(self) -> None:
+        """Stop recording."""
+        self._handle.remove()
+
+
 class _Dense(torch.autograd.Function):
     """The dense weight of compressed values."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, weight: CompressedWeight) -> Tensor:
-        ctx.weight = weight
+        ctx.weight, ctx.pattern = weight, weight.pattern
         return weight.expand(values)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         weight: CompressedWeight = ctx.weight
+        if weight.pattern is not ctx.pattern:
+            raise RuntimeError(
+                "A compressed weight was read before its last update of masks, and the graph of "
+                "that reading goes backward after it. Go backward before the optimizer steps."
+            )
         if weight._records is not None:
             dense = grad.detach()
-            weight._records.append(dense.clone)
+            weight._records.add(dense.clone)
         return weight.compress(grad), None
 
 
@@ -263,10 +329,12 @@ class ReadOnly(Tensor):
     ) -> Any:
         """Compute as with any tensor."""
         name = getattr(function, "__name__", "")
+        given = [*args, *(kwargs or {}).values()]
+        mine = [t for one in given for t in (one if isinstance(one, list | tuple) else [one])]
         first = args[0] if args else None
-        if isinstance(first, cls) and (
-            name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-        ):
+        writes = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+        out = (kwargs or {}).get("out")
+        if (writes and any(isinstance(t, cls) for t in mine)) or isinstance(out, cls):
             raise RuntimeError(
                 f"{name}: this weight is kept compressed, and the dense tensor is a copy that is "
                 "made for whoever reads it; what is written to it is lost. Write before training, "
@@ -274,9 +342,22 @@ class ReadOnly(Tensor):
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = function(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and isinstance(first, cls) and _shares(result, first):
-            return result.as_subclass(cls)
-        return result
+        if not isinstance(first, cls):
+            return result
+        if isinstance(result, list | tuple) and type(result) in (list, tuple):
+            return type(result)(_guarded(part, first) for part in result)
+        return _guarded(result, first)
+
+
+_WRITES = {"__setitem__", "__set__", "register_hook", "register_post_accumulate_grad_hook"}
+"""What changes a tensor, or what would come to it, and does not end with an underscore."""
+
+
+def _guarded(result: Any, first: ReadOnly) -> Any:
+    """A result that refuses to be written to, if it shares memory with the weight."""
+    if isinstance(result, Tensor) and _shares(result, first):
+        return result.as_subclass(ReadOnly)
+    return result
 
 
 def _shares(one: Tensor, other: Tensor) -> bool:

@@ -141,10 +141,20 @@ class Engine:
             for owner in self.owners
             if owner.optimizer is not None
         ]
+        for owner in self.owners:
+            if owner.optimizer is not None:  # a state from before the last update, say
+                handle = owner.optimizer.register_load_state_dict_post_hook(self._after_load)
+                self._handles.append(handle)
         for owner in self.owners if self._watches_steps else ():
             if owner.optimizer is not None:
                 handle = owner.optimizer.register_step_pre_hook(self._before_raw_step)
                 self._handles.append(handle)
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        """Somebody has put a state into an optimizer: it is to be zero off the masks."""
+        owner = self._owner(optimizer)
+        if owner is not None and self.has_begun:
+            self.masks.enforce(owner.stepping, optimizer)
 
     def release(self) -> None:
         """Hand everything back: hooks of optimizers and layers, and the layers' weights."""
@@ -240,7 +250,10 @@ class Engine:
                 mine = [run for run in self.runs if run.key == a.key and not self._is_early(run)]
                 shares += [(run, self._begin(run, layers, found, view)) for run in mine]
             taken |= names if a.method.role == "updater" else set()
-            left = a.method.density or density_of([layers[name] for name in a.names])
+            before = [made[name][1] for name in a.names if name in made]
+            left = a.method.density or (
+                min(before) if before else density_of([layers[name] for name in a.names])
+            )
             if a.method.role != "reparametrization":
                 made |= dict.fromkeys(a.names, (a.key, left))
         latent = self._to_be_latent([run for run, _ in shares])
@@ -501,7 +514,12 @@ class Engine:
             if self.storage is not None:  # what learns its mask lives off it
                 self.storage.release(run.names)
             layers = {layer.name: layer for layer in self._layers(run)}
-            found = any(not kept.is_dense for kept in self._named(run.names))
+            found = any(
+                earlier.share is not None
+                and earlier.method.role != "reparametrization"
+                and set(earlier.names) & set(run.names)
+                for earlier in self.runs[: self.runs.index(run)]
+            )
             share = self._begin(run, layers, found)
             latent = self._to_be_latent([run])
             self.masks.commit(list(layers.values()), self._optimizers(), latent)

@@ -133,18 +133,21 @@ def _subclass(
         state = dict(vars(self))
         own = dict(self._parameters)
         for key, stand_in in state.pop(_PLACE).items():
-            own[key] = stand_in.copied()
+            if own[key] is stand_in.parameter:  # and nobody has put another one there
+                own[key] = stand_in.copied()
         state["_parameters"] = own
         return _bare, (plain,), state
 
     def save(self: nn.Module, destination: Any, prefix: str, keep_vars: bool) -> None:
         plain._save_to_state_dict(self, destination, prefix, keep_vars)
         for key, stand_in in vars(self)[_PLACE].items():
-            if not keep_vars or stand_in.loads:
+            mine = self._parameters[key] is stand_in.parameter
+            if mine and (not keep_vars or stand_in.loads):
                 destination[prefix + key] = stand_in.evaluated()
 
     def load(self: nn.Module, state_dict: Any, prefix: str, *args: Any) -> None:
-        taking = {k: s for k, s in vars(self)[_PLACE].items() if s.loads}
+        there = vars(self)[_PLACE].items()
+        taking = {k: s for k, s in there if s.loads and self._parameters[k] is s.parameter}
         held = {key: self._parameters[key] for key in taking}
         for key, stand_in in taking.items():  # what is checked and written has a dense shape
             self._parameters[key] = nn.Parameter(stand_in.evaluated(), requires_grad=False)

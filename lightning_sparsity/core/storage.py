@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_sparsity.core.capture import Hook
 from lightning_sparsity.core.compressed import CompressedWeight, reason_to_stay_dense
 from lightning_sparsity.core.filters import Selection
 from lightning_sparsity.core.masks import Masks, resize
@@ -108,7 +109,9 @@ class Choice:
 
     def holds_at(self, density: float) -> bool:
         """Whether the density is still within a factor of two."""
-        return not self.density or self.density / 2 < density < self.density * 2
+        if not self.density:
+            return not density
+        return self.density / 2 < density < self.density * 2
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,7 @@ class Storage:
             MisconfigurationException: If an optimizer needs the shape of a weight.
         """
         self._check_optimizers()
+        self._follow_optimizers()
         if self._policy.layout == "auto":
             self.choices = {
                 name: Choice(**choice)
@@ -270,7 +274,7 @@ class Storage:
     def _watch(self, kept: SparseParameter) -> None:
         """See what the layer is given, once."""
         if kept.name not in self._loads:
-            hook = partial(self._see, kept.name)
+            hook = Hook(partial(self._see, kept.name))
             handle = kept.module.register_forward_pre_hook(hook, with_kwargs=True)
             self._watching[kept.name] = handle
 

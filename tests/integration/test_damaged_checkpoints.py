@@ -202,7 +202,7 @@ def test_an_entry_that_torch_takes_for_a_folder_is_refused(file: Path, tmp_path:
     entry = data.rindex(b"PK\x01\x02", 0, data.rindex(b"archive/data/1"))
     bad = tmp_path / "bad.ckpt"
     bad.write_bytes(flipped(data, entry + 38, bit=4))
-    assert not same(torch.load(bad, weights_only=True), torch.load(file, weights_only=True))
+    torch.load(bad, weights_only=True)  # without a word, and what it gives is whatever was there
     with pytest.raises(RuntimeError, match=r"archive/data/\d+ is marked as a folder"):
         check(bad)
 

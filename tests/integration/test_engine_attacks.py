@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -607,3 +608,15 @@ def test_a_module_that_brings_its_callbacks() -> None:
     own, given = fit([], Own), fit([RigL(0.3, update_interval=4)])
     own.assert_equal(given)
     assert own.history == given.history
+
+
+def test_an_older_optimizer_state_comes_back_with_zeros_off_the_mask() -> None:
+    class Reload(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            optimizer = trainer.optimizers[0]
+            if trainer.global_step == 3:
+                self.state = copy.deepcopy(optimizer.state_dict())
+            elif trainer.global_step == 7:
+                optimizer.load_state_dict(self.state)
+
+    fit([Reload(), RigL(0.3, update_interval=2)])  # looks at weights and state after every batch

@@ -1156,3 +1156,101 @@ def places_of(matrix: Tensor) -> tuple[Tensor, Tensor]:
     counts = matrix.crow_indices().diff()
     rows = torch.arange(len(counts)).repeat_interleave(counts)
     return rows, matrix.col_indices().long()
+
+
+class Skipping(TinyModel):
+    """Steps every other batch only, and clears the gradients of the others."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:
+        if batch_idx % 2 == 0:
+            optimizer.step(closure=closure)
+        else:
+            closure()
+
+
+class Adversarial(TinyModel):
+    """A backward pass of its own whose gradients are cleared, before that of the loss."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.loss(batch).backward()
+        self.zero_grad()
+        return self.loss(batch)
+
+
+class Probing(TinyModel):
+    """Asks for the gradient of its inputs alone."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images = batch[0].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(self.loss((images, batch[1])), images)
+        return self.loss((batch[0] + 0.1 * slope.sign(), batch[1]))
+
+
+@pytest.mark.parametrize("kind", [Skipping, Adversarial, Probing])
+def test_rules_see_the_gradient_that_came_to_the_weight(kind: type[TinyModel]) -> None:
+    dense = fit([RigL(0.3, update_interval=2)], lambda: kind().double(), data=doubles())
+    mine = [RigL(0.3, update_interval=2), SparseCompute("csr")]
+    assert_close(fit(mine, lambda: kind().double(), data=doubles()), dense, 1e-9)
+    assert dense.changes > 2
+
+
+class Standardized(nn.Conv2d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+
+def test_a_convolution_of_its_own_stays_dense() -> None:
+    def net() -> TinyModel:
+        layers = [Standardized(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)]
+        return TinyModel(nn.Sequential(*layers)).double()
+
+    told = Told("csr")
+    mine = fit([RigL(0.3, update_interval=4), told], net, data=doubles())
+    assert_close(mine, fit([RigL(0.3, update_interval=4)], net, data=doubles()), 1e-9)
+    assert told.storage is not None
+    assert told.storage.reasons == {"net.0.weight": "Standardized has a convolution of its own"}
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_file_saved_before_the_first_step_of_a_resumed_training_is_dense(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_module, "measure", lambda *args: (2.0, 1.0))
+    _saved(rigl(), Told(), folder=tmp_path)
+
+    class SaveAtOnce(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+            if trainer.global_step == 8:
+                trainer.save_checkpoint(tmp_path / "again.ckpt")
+
+    path = str(tmp_path / "step=8.ckpt")
+    fit([rigl(), Told(), SaveAtOnce()], ckpt_path=path)
+    first, again = (
+        torch.load(tmp_path / name, weights_only=True)["optimizer_states"][0]["state"]
+        for name in ("step=8.ckpt", "again.ckpt")
+    )
+    for place, state in first.items():
+        for key, tensor in state.items():
+            assert torch.equal(again[place][key], tensor)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: setattr(w, "data", w * 2),
+        lambda w: torch.mul(w, 2, out=w),
+        lambda w: torch._foreach_mul_([w], 2),
+        lambda w: next(iter(w.chunk(2))).mul_(2),
+        lambda w: w.register_hook(print),
+    ],
+    ids=["data", "out", "foreach", "chunk", "hook"],
+)
+def test_what_is_written_to_a_weight_that_is_read_is_refused(write: Callable[..., Any]) -> None:
+    class Writing(TinyModel):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            with torch.no_grad():
+                write(self.net[5].weight)
+            return self.loss(batch)
+
+    with pytest.raises(RuntimeError, match="this weight is kept compressed"):
+        fit([rigl(), SparseCompute("csr")], Writing)

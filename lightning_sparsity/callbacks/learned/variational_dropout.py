@@ -155,7 +155,8 @@ class VariationalDropout(LearnedMask):
     def effective(self, layer: Layer) -> Tensor:
         """The weight with noise."""
         weight = layer.weight.to(layer.slots["log_sigma2"].dtype)
-        sigma = variance(weight, layer.slots["log_sigma2"]).sqrt()
+        # Not the root of the variance, whose slope at a weight of 0 is infinite.
+        sigma = (log_alpha(weight, layer.slots["log_sigma2"]) / 2).exp() * weight.abs()
         return layer.weight + (sigma * layer.slots["noise"]).to(layer.weight.dtype)
 
     def evaluated(self, layer: Layer) -> Tensor:
@@ -204,11 +205,6 @@ def log_alpha(weight: Tensor, log_sigma2: Tensor) -> Tensor:
     """
     size = weight.abs().clamp(min=torch.finfo(weight.dtype).tiny)  # log 0 has no gradient
     return (log_sigma2 - 2 * size.log()).clamp(-_LIMIT, _LIMIT)
-
-
-def variance(weight: Tensor, log_sigma2: Tensor) -> Tensor:
-    """The variance of a weight, from its log alpha: 0 where the mean is 0."""
-    return log_alpha(weight, log_sigma2).exp() * weight**2
 
 
 def divergence(log_alpha: Tensor) -> Tensor:
