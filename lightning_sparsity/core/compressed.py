@@ -6,7 +6,6 @@ optimizer's state have the same shape. The layer multiplies by the compressed ma
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -50,8 +49,6 @@ class CompressedWeight(StandIn):
             parameter.detach, lambda: self.pattern.positions, self.shape, parameter.detach()
         )
         self._records: _Records | None = None
-        self._copy: weakref.ref[nn.Parameter] | None = None
-        self._copied_at = (-1, -1)
 
     # ---------------------------------------------------------------------- conversions
 
@@ -200,14 +197,9 @@ class CompressedWeight(StandIn):
         """The dense weight, detached."""
         return self.expand(self.parameter.detach())
 
-    def copied(self) -> nn.Parameter:
-        """The dense weight as a parameter; for all layers of one copy the same."""
-        copy = self._copy() if self._copy is not None else None
-        now = (self.parameter._version, self.parameter.data_ptr())
-        if copy is None or self._copied_at != now:
-            copy = nn.Parameter(self.evaluated(), requires_grad=self.parameter.requires_grad)
-            self._copy, self._copied_at = weakref.ref(copy), now
-        return copy
+    def version(self) -> object:
+        """Differs when the values do, or lie elsewhere."""
+        return self.parameter._version, self.parameter.data_ptr()
 
     @torch.no_grad()
     def load(self, weight: Tensor) -> None:

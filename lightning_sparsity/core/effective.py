@@ -6,7 +6,6 @@ the function turns it into what it is (:mod:`~lightning_sparsity.core.learner`).
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -46,8 +45,6 @@ class EffectiveWeight(StandIn):
         self._value = parameter.detach().clone()
         self._renew = renew
         self._evaluate = evaluate
-        self._copy: weakref.ref[nn.Parameter] | None = None
-        self._copied_at = 0
 
     @property
     def value(self) -> Tensor:
@@ -61,14 +58,9 @@ class EffectiveWeight(StandIn):
         """The weight of validation and files, detached."""
         return self.value.detach() if self.constant else self._evaluate().detach()
 
-    def copied(self) -> nn.Parameter:
-        """The weight of validation as a parameter; for all layers of one copy the same."""
-        copy = self._copy() if self._copy is not None else None
-        if copy is None or self._copied_at != self.value._version:
-            needs_grad = self.parameter.requires_grad
-            copy = nn.Parameter(self.evaluated().clone(), requires_grad=needs_grad)
-            self._copy, self._copied_at = weakref.ref(copy), self.value._version
-        return copy
+    def version(self) -> object:
+        """Differs when what layers compute with does."""
+        return self.value._version
 
     def seen(self, training: bool) -> Tensor:
         """What the layer computes with; its gradient goes to the parameter."""

@@ -378,9 +378,8 @@ def _refuse_shards(
 
 def _loss_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
     """The factor that a GradScaler leaves in the gradients: fused optimizers take it out."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
     fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-    return float(scaler.get_scale()) if scaler is not None and fused else 1.0
+    return _record_scale(trainer) if fused else 1.0
 
 
 def _record_scale(trainer: pl.Trainer) -> float:

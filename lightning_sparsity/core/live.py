@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_sparsity.ops.compressed import spread
+
 _ATEN = torch.ops.aten
 _ZERO_TO_ZERO = {
     _ATEN.abs.default,
@@ -98,7 +100,7 @@ class Live(Formed):
         like: Tensor,
     ) -> Live:
         """A tensor without memory."""
-        made = Formed.__new__(cls, lambda: _spread(values(), positions(), shape), shape, like)
+        made = Formed.__new__(cls, lambda: spread(values(), positions(), shape), shape, like)
         assert isinstance(made, Live)
         made._values, made._positions = values, positions
         return made
@@ -116,13 +118,6 @@ class Live(Formed):
     def _map(self, function: Callable[[Tensor], Tensor]) -> Live:
         values = function(self.values_there)
         return Live(lambda: values, self._positions, self.shape, values)
-
-
-def _spread(values: Tensor, positions: Tensor, shape: Sequence[int]) -> Tensor:
-    """The dense tensor with these values at these flat positions."""
-    dense = torch.zeros(tuple(shape), dtype=values.dtype, device=values.device)
-    dense.view(-1).index_copy_(0, positions, values)
-    return dense
 
 
 def _written(function: Any, args: Sequence[Any], named: Mapping[str, Any]) -> list[Any]:

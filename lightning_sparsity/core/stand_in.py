@@ -7,6 +7,7 @@ that validation computes with, under the parameter's name.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -31,6 +32,8 @@ class StandIn:
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter = parameter
         self._places: list[tuple[nn.Module, str]] = []
+        self._copy: weakref.ref[nn.Parameter] | None = None
+        self._copied_at: object = None
 
     def seen(self, training: bool) -> Tensor:
         """What somebody gets who reads the parameter of a layer; differentiable."""
@@ -40,9 +43,19 @@ class StandIn:
         """The weight of validation and files, detached."""
         raise NotImplementedError
 
+    def version(self) -> object:
+        """Something that differs when :meth:`evaluated` may."""
+        raise NotImplementedError
+
     def copied(self) -> nn.Parameter:
         """The weight of validation as a parameter; for all layers of one copy the same."""
-        raise NotImplementedError
+        copy = self._copy() if self._copy is not None else None
+        now = self.version()
+        if copy is None or self._copied_at != now:
+            needs_grad = self.parameter.requires_grad
+            copy = nn.Parameter(self.evaluated().clone(), requires_grad=needs_grad)
+            self._copy, self._copied_at = weakref.ref(copy), now
+        return copy
 
     def load(self, weight: Tensor) -> None:
         """Take a weight from a ``state_dict``."""

@@ -491,9 +491,9 @@ def _twin(module: nn.Module, weight: Tensor) -> nn.Module:
     nn.Module.__init__(twin)
     own = {k: v for k, v in vars(module).items() if not k.startswith("_")}
     vars(twin).update(own)
-    for key in ("_reversed_padding_repeated_twice",):  # of convolutions
-        if key in vars(module):
-            vars(twin)[key] = vars(module)[key]
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        reversed_padding = module._reversed_padding_repeated_twice
+        vars(twin)["_reversed_padding_repeated_twice"] = reversed_padding
     bias = module._parameters.get("bias")
     twin._parameters["weight"] = nn.Parameter(weight)
     twin._parameters["bias"] = None if bias is None else nn.Parameter(bias.detach())

@@ -9,7 +9,7 @@ sparse products are fastest: a chain of such layers and elementwise functions co
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Literal, get_args
 
@@ -98,12 +98,24 @@ class Pattern:
 
     def scatter(self, values: Tensor) -> Tensor:
         """The dense matrix with these values, ``(rows, columns)``."""
-        dense = torch.zeros(self.shape[0] * self.shape[1], dtype=values.dtype, device=values.device)
-        return dense.index_copy_(0, self.positions, values).view(self.shape)
+        return spread(values, self.positions, self.shape)
 
     def gather(self, dense: Tensor) -> Tensor:
         """The values of a dense matrix ``(rows, columns)`` at the live entries, ``(nnz,)``."""
         return dense.reshape(-1).index_select(0, self.positions)
+
+
+def spread(values: Tensor, positions: Tensor, shape: Sequence[int]) -> Tensor:
+    """The dense tensor with these values at these flat row-major positions, zero elsewhere.
+
+    Example:
+        >>> spread(torch.tensor([5.0, 6.0]), torch.tensor([1, 2]), (2, 2))
+        tensor([[0., 5.],
+                [6., 0.]])
+    """
+    dense = values.new_zeros(tuple(shape))
+    dense.view(-1).index_copy_(0, positions, values)
+    return dense
 
 
 def product(
