@@ -8,6 +8,7 @@ trains again, and keeps everything in a folder, so that it goes on where it was 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ from lightning_sparsity.core.isolation import seed_all
 from lightning_sparsity.core.keeper import MaskKeeper
 from lightning_sparsity.core.layer import Distribution, Layers, call_of
 from lightning_sparsity.core.method import Share
+from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.plan import assign
 from lightning_sparsity.core.randomness import default_seed, generator, rng_state, set_rng_state
 from lightning_sparsity.core.snapshot import copied
@@ -52,8 +54,8 @@ def run_imp(
     data: Any = None,
     *,
     directory: str | Path,
-    rounds: int,
-    density: float | None = None,
+    rounds: int | None = None,
+    density: float | Sequence[float] | None = None,
     drop_fraction: float | None = None,
     treatment: Treatment = "rewind",
     rewind_to: int | float = 0,
@@ -68,8 +70,8 @@ def run_imp(
 
     Round 0 trains the dense network. After each round but the last, the weights of smallest
     magnitude are pruned: the share ``drop_fraction`` of what is left, or what it takes to arrive
-    at ``density`` in equal shares. What is left is sent back, and is the *ticket* that the next
-    round trains:
+    at ``density``, in equal shares or as it says. What is left is sent back, and is the *ticket*
+    that the next round trains:
 
     - "rewind": to the weights of round 0 after ``rewind_to`` steps (0: the original lottery
       ticket; later: Frankle et al., 2020, arXiv:1912.05671);
@@ -94,8 +96,10 @@ def run_imp(
         make_module: Makes the module anew.
         data: Data module or training loader, as for ``Trainer.fit``; None: the module's own.
         directory: Where all is kept. One folder is for one call and its arguments.
-        rounds: Prunings, at least 1; there is one training more than that.
-        density: Live share of all sparse weights in the last round, in (0, 1].
+        rounds: Prunings, at least 1; there is one training more than that. May be left out if
+            ``density`` has one number for each.
+        density: Live share of all sparse weights in the last round, in (0, 1]; or in every round
+            after the dense one, falling, such as ``[0.5, 0.2, 0.1]``.
         drop_fraction: Share of the live weights that each pruning removes, in (0, 1), rounded
             up to whole weights; default 0.2 if nothing says the density.
         treatment: "rewind", "learning_rate" or "reinitialize".
@@ -161,8 +165,8 @@ def run_imp(
             "optimizer steps."
         )
     plan = {
-        "rounds": rounds,
-        "density": density,
+        "rounds": callback.rounds,
+        "density": density if callback.densities is None else callback.densities,
         "drop_fraction": callback.drop_fraction,
         "treatment": treatment,
         "rewind_to": rewind_to,
@@ -175,7 +179,7 @@ def run_imp(
         make_trainer, make_module, data, Path(directory), treatment, rewind_to, save_every, callback
     )
     driver.agree_on({name: _said(value) for name, value in plan.items()}, seed)
-    return [driver.round(number) for number in range(rounds + 1)]
+    return [driver.round(number) for number in range(callback.rounds + 1)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,8 +265,8 @@ class IMP(MaskCallback):
     def __init__(
         self,
         *,
-        rounds: int,
-        density: float | None = None,
+        rounds: int | None = None,
+        density: float | Sequence[float] | None = None,
         drop_fraction: float | None = None,
         distribution: Mapping[str, float] | Distribution | None = None,
         include: Selection = linear_and_conv,
@@ -270,8 +274,13 @@ class IMP(MaskCallback):
         structure: Structure | None = None,
         seed: int | None = None,
     ) -> None:
+        self.densities: tuple[float, ...] | None = None
+        if isinstance(density, Sequence) and not isinstance(density, str):
+            self.densities = self._falling(density, rounds)
+            rounds, density = len(self.densities), self.densities[-1]
         self._check_count("rounds", rounds)
-        self.rounds = int(rounds)
+        assert rounds is not None
+        self.rounds = plain(rounds)
         by_name = isinstance(distribution, Mapping) or (
             distribution is not None and fixes_total(distribution)
         )
@@ -299,6 +308,24 @@ class IMP(MaskCallback):
             role="initial",
         )
 
+    def _falling(self, density: Sequence[float], rounds: int | None) -> tuple[float, ...]:
+        """The densities of all rounds, checked."""
+        for value in density:
+            self._check("density", value, low_open=True)
+        densities = tuple(plain(value) for value in density)
+        falls = all(later <= sooner for sooner, later in itertools.pairwise(densities))
+        if not densities or not falls:
+            raise ValueError(
+                f"run_imp(density={density!r}): densities of the rounds must fall, such as "
+                "[0.5, 0.2, 0.1]."
+            )
+        if rounds is not None and rounds != len(densities):
+            raise ValueError(
+                f"run_imp(rounds={rounds!r}, density={density!r}): {len(densities)} densities are "
+                f"for {len(densities)} rounds; leave rounds out."
+            )
+        return densities
+
     @property
     def _name(self) -> str:
         return "run_imp"
@@ -325,14 +352,23 @@ class IMP(MaskCallback):
         """
         sizes = {layer.name: layer.size for layer in layers}
         share = Share(tuple(sizes), (sum(sizes.values()),), 0, found=False, start=sizes)
-        if self.drop_fraction is None:
+        left = self._left(layers, turn)
+        if left is None:
             budget = self._budget.on_the_way(layers, share, turn / self.rounds)
         else:
-            live = sum(layer.live for layer in layers)
-            dropped = math.ceil(round(self.drop_fraction * live, 9))
-            left = max(live - dropped, 1) / sum(sizes.values())
-            budget = dataclasses.replace(self._budget, density=left).first(layers, share)
+            here = dataclasses.replace(self._budget, density=left, ramp=None)
+            budget = here.first(layers, share)
         return drop(magnitude)(layers, budget, turn / self.rounds)
+
+    def _left(self, layers: Layers, turn: int) -> float | None:
+        """The density after a pruning, where rounds do not prune equal shares up to the last."""
+        if self.densities is not None:
+            return self.densities[turn - 1]
+        if self.drop_fraction is None:
+            return None
+        live = sum(layer.live for layer in layers)
+        dropped = math.ceil(round(self.drop_fraction * live, 9))
+        return max(live - dropped, 1) / sum(layer.size for layer in layers)
 
 
 @dataclass

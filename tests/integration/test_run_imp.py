@@ -311,6 +311,17 @@ def test_a_fifth_of_what_is_left_is_the_default(tmp_path: Path) -> None:
     assert [r.live for r in run(tmp_path, density=None)] == [2184, 1747, 1397]
 
 
+def test_a_density_for_every_round(tmp_path: Path) -> None:
+    found = run(tmp_path, rounds=None, density=[0.6, 0.5, 0.05])
+    assert [r.live for r in found] == [NUMEL, round(0.6 * NUMEL), NUMEL // 2, round(0.05 * NUMEL)]
+
+
+def test_a_density_for_every_round_of_a_distribution(tmp_path: Path) -> None:
+    found = run(tmp_path, distribution=uniform, rounds=2, density=(0.5, 0.25))
+    assert lives(found[1]) == [36, 1024, 32]
+    assert lives(found[2]) == [18, 512, 16]
+
+
 def test_layer_by_layer(tmp_path: Path) -> None:
     found = run(tmp_path, distribution=uniform, density=0.25)
     assert lives(found[-1]) == [18, 512, 16]
@@ -548,6 +559,12 @@ def test_nothing_of_ours_is_left_in_the_module(tmp_path: Path) -> None:
         ({"rounds": 1.5}, TypeError, "must be an int"),
         ({"density": 1.5}, ValueError, "density must lie in"),
         ({"density": "0.1"}, TypeError, "density must be a number"),
+        ({"density": [0.1, 0.5], "rounds": None}, ValueError, "must fall"),
+        ({"density": [], "rounds": None}, ValueError, "must fall"),
+        ({"density": [0.5, 0.0], "rounds": None}, ValueError, "density must lie in"),
+        ({"density": [0.5, "0.1"], "rounds": None}, TypeError, "density must be a number"),
+        ({"rounds": 3, "density": [0.5, 0.1]}, ValueError, "2 densities are for 2 rounds"),
+        ({"rounds": None}, TypeError, "must be an int"),
         ({"drop_fraction": 1.0, "density": None}, ValueError, "above 0 and below 1"),
         ({"drop_fraction": "a fifth", "density": None}, TypeError, "must be a number"),
         ({"drop_fraction": 0.2, "density": 0.1}, ValueError, "leave one of the two out"),
