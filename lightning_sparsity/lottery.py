@@ -34,6 +34,7 @@ from lightning_sparsity.core.method import Share
 from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.plan import assign
 from lightning_sparsity.core.randomness import default_seed, generator, rng_state, set_rng_state
+from lightning_sparsity.core.shards import whole as gathered
 from lightning_sparsity.core.snapshot import copied
 from lightning_sparsity.core.state import mask_weights, replace_masks
 from lightning_sparsity.core.window import check_moment, resolve
@@ -535,7 +536,7 @@ class _Driver:
             kept.set_mask(masks[kept.name])
             layers.append(kept.layer(generator=generator(self.seed, "run_imp", kept.name, number)))
         return {
-            layer.name: layer.mask.cpu().clone()
+            layer.name: gathered(layer.mask).cpu().clone()
             for layer in self.callback.prune(layers, number + 1)
         }
 
@@ -617,7 +618,7 @@ class _Saver(Checkpoint):
         if not begun:
             keeper = MaskKeeper.of(trainer)
             if trainer.is_global_zero and keeper is not None and keeper.masks is not None:
-                masks = {kept.name: kept.mask.cpu().clone() for kept in keeper.masks}
+                masks = {kept.name: gathered(kept.mask).cpu().clone() for kept in keeper.masks}
                 Ticket(masks, copied(pl_module.state_dict())).save(self.directory / "ticket.pt")
             self._save_before_data(trainer, start)
         self._latest = trainer.global_step

@@ -36,6 +36,7 @@ from lightning_sparsity.core.filters import candidates, linear_and_conv
 from lightning_sparsity.core.keeper import MaskKeeper
 from lightning_sparsity.core.layer import Layer
 from lightning_sparsity.core.masks import Masks
+from lightning_sparsity.core.shards import whole
 
 __all__ = [
     "ITOP",
@@ -577,7 +578,7 @@ def _masks(source: Source) -> dict[str, Tensor]:
         return dict(source)
     kept = _kept(source)
     if kept is not None:
-        return {one.name: one.mask for one in kept}
+        return {one.name: whole(one.mask) for one in kept}
     assert isinstance(source, nn.Module)
     return {c.name: c.parameter.detach() != 0 for c in candidates(source) if linear_and_conv(c)}
 

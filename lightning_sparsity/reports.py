@@ -10,6 +10,7 @@ from torch import nn
 from lightning_sparsity.connectivity import Wiring, dead_outputs, effective_density
 from lightning_sparsity.core.masks import Masks
 from lightning_sparsity.core.parameter import SparseParameter
+from lightning_sparsity.core.shards import whole
 from lightning_sparsity.core.storage import Storage
 from lightning_sparsity.flops import Flops
 from lightning_sparsity.structures import Rows, Unstructured
@@ -284,7 +285,7 @@ def _shape(kept: SparseParameter) -> str:
 
 
 def _units(kept: SparseParameter) -> str:
-    units = kept.structure.live(kept.mask, kept.layout)
+    units = kept.structure.live(whole(kept.mask), kept.layout)
     return f"{int(units.count_nonzero()):,} of {units.numel():,} {kept.structure!r}"
 
 
@@ -300,7 +301,7 @@ def _add_dead_rows(header: list[str], rows: list[list[str]], masks: Masks) -> No
 def _dead_rows(kept: SparseParameter) -> str:
     if kept.mask.ndim < 2 or isinstance(kept.structure, Rows):
         return ""
-    dead = dead_outputs(kept.mask, kept.layout)
+    dead = dead_outputs(whole(kept.mask), kept.layout)
     count = int(dead.count_nonzero())
     return f"{count:,} of {len(dead):,}" if count else ""
 

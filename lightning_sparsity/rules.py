@@ -24,6 +24,7 @@ from lightning_sparsity.core.layer import (
     Schedule,
     Score,
     call_of,
+    works_on_parts,
 )
 from lightning_sparsity.ops.selection import NonFiniteScoreError, sample, top_k, top_n_per_group
 from lightning_sparsity.scores import needs_gradient, random
@@ -60,6 +61,11 @@ class drop:
     def needs_gradient(self) -> bool:
         """Whether the score or the share reads gradients."""
         return needs_gradient(self.score) or (self.share is not None and needs_gradient(self.share))
+
+    @property
+    def on_parts(self) -> bool:
+        """Whether the score works on sharded layers."""
+        return works_on_parts(self.score)
 
     def __repr__(self) -> str:
         return _call(self)
@@ -141,6 +147,11 @@ class grow:
         """Whether the score or the share reads gradients."""
         return needs_gradient(self.score) or (self.share is not None and needs_gradient(self.share))
 
+    @property
+    def on_parts(self) -> bool:
+        """Whether the score works on sharded layers, and the values that grow do."""
+        return works_on_parts(self.score) and not callable(self.start)
+
     def __call__(self, layers: Layers, budget: Budget, progress: float) -> Layers:
         """Grow units.
 
@@ -212,6 +223,7 @@ class rewind:
 
     slot: str
     needs_gradient = False
+    on_parts = True
 
     def __call__(self, layers: Layers, budget: Budget, progress: float) -> Layers:
         """Replace the weights of every layer by its slot."""
@@ -228,6 +240,7 @@ class forget:
 
     slots: tuple[str, ...]
     needs_gradient = False
+    on_parts = True
 
     def __init__(self, *slots: str) -> None:
         object.__setattr__(self, "slots", slots)
@@ -266,6 +279,11 @@ class chain:
         """Whether any of the rules reads gradients."""
         return any(needs_gradient(rule) for rule in self.rules)
 
+    @property
+    def on_parts(self) -> bool:
+        """Whether all of the rules work on sharded layers."""
+        return all(map(works_on_parts, self.rules))
+
     def __call__(self, layers: Layers, budget: Budget, progress: float) -> Layers:
         """Apply the rules."""
         for rule in self.rules:
@@ -302,6 +320,11 @@ class barring:
     def needs_gradient(self) -> bool:
         """Whether the rule reads gradients."""
         return needs_gradient(self.rule)
+
+    @property
+    def on_parts(self) -> bool:
+        """Whether the rule works on sharded layers."""
+        return works_on_parts(self.rule)
 
     def __call__(self, layers: Layers, budget: Budget, progress: float) -> Layers:
         """Apply the rule."""

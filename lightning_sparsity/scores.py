@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_sparsity.core.layer import Layer, Score, Scorer
+from lightning_sparsity.core.layer import Layer, Score, Scorer, works_on_parts
 from lightning_sparsity.core.numbers import settle
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -27,6 +27,16 @@ def without_gradient(function: _F) -> _F:
     is not marked.
     """
     function.needs_gradient = False  # type: ignore[attr-defined]
+    return function
+
+
+def entrywise(function: _F) -> _F:
+    """Mark a score or rule that works on sharded layers: it reads no entry but by its place.
+
+    For every part that is not marked, weights that lie in parts on several processes are gathered.
+    What such a part writes to, it has made itself.
+    """
+    function.on_parts = True  # type: ignore[attr-defined]
     return function
 
 
@@ -45,26 +55,35 @@ def observed_by(*parts: object) -> Callable[[Layer], Mapping[str, Tensor]] | Non
 class _together:
     parts: tuple[Callable[[Layer], Mapping[str, Tensor]], ...]
 
+    @property
+    def on_parts(self) -> bool:
+        """Whether all of them work on sharded layers."""
+        return all(map(works_on_parts, self.parts))
+
     def __call__(self, layer: Layer) -> Mapping[str, Tensor]:
         return {name: tensor for part in self.parts for name, tensor in part(layer).items()}
 
 
+@entrywise
 @without_gradient
 def magnitude(layer: Layer) -> Tensor:
     r""":math:`|w|`."""
     return layer.weight.abs()
 
 
+@entrywise
 def gradient(layer: Layer) -> Tensor:
     r""":math:`|\nabla L|`, from the dense gradient of the last optimizer step."""
     return _grad(layer, "gradient").abs()
 
 
+@entrywise
 def saliency(layer: Layer) -> Tensor:
     r""":math:`|w \cdot \nabla L|`, first-order change of the loss (Mozer and Smolensky, 1989)."""
     return (layer.weight * _grad(layer, "saliency")).abs_()
 
 
+@entrywise
 @without_gradient
 def random(layer: Layer) -> Tensor:
     """Uniform in [0, 1), from the layer's own generator.
@@ -91,6 +110,7 @@ class slot(Scorer):
     name: str
     signed: bool = False
     needs_gradient: ClassVar[bool] = False
+    on_parts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -130,6 +150,7 @@ class momentum(Scorer):
 
     beta: float = 0.9
     needs_gradient: ClassVar[bool] = False
+    on_parts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_beta(self)
@@ -170,6 +191,7 @@ class taylor(Scorer):
 
     beta: float = 0.9
     needs_gradient: ClassVar[bool] = False
+    on_parts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_beta(self)
@@ -198,6 +220,7 @@ class unexplored(Scorer):
     """
 
     needs_gradient: ClassVar[bool] = False
+    on_parts: ClassVar[bool] = True
 
     def __call__(self, layer: Layer) -> Tensor:
         """Score of ``layer``: in [1, 2) if never live, else in [0, 1); float64."""
@@ -247,6 +270,11 @@ class drawn_by(Scorer):
         return needs_gradient(self.score)
 
     @property
+    def on_parts(self) -> bool:
+        """Whether the score works on sharded layers."""
+        return works_on_parts(self.score)
+
+    @property
     def observe(self) -> Callable[[Layer], Mapping[str, Tensor]] | None:
         """What the score gathers, if anything."""
         return observed_by(self.score)
@@ -278,6 +306,7 @@ class nearby(Scorer):
 
     length: float = 0.1
     needs_gradient: ClassVar[bool] = False
+    on_parts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         settle(self, "length")

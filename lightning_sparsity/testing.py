@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from lightning_sparsity.core.keeper import MaskKeeper
 from lightning_sparsity.core.masks import Masks, optimizer_state
 from lightning_sparsity.core.method import Method
-from lightning_sparsity.core.shards import part_of
+from lightning_sparsity.core.shards import local, whole
 
 Batch = tuple[Tensor, Tensor]
 MakeOptimizer = Callable[[Any], Optimizer]
@@ -212,7 +212,7 @@ class Probe(Callback):
         """Copy what the training left behind."""
         masks = _masks(trainer)
         self.weights = {k: v.detach().clone() for k, v in pl_module.state_dict().items()}
-        self.masks = {} if masks is None else {p.name: p.mask.clone() for p in masks}
+        self.masks = {} if masks is None else {p.name: whole(p.mask).clone() for p in masks}
         self.state = [
             value.detach().clone()
             for optimizer in trainer.optimizers
@@ -229,13 +229,14 @@ def assert_zero_off_masks(masks: Masks, optimizers: Sequence[Optimizer] = ()) ->
     Of learned masks, whose latent weights live everywhere, the effective weights.
     """
     for kept in masks:
-        assert int(kept.mask.sum()) == kept.live, f"{kept.name}: stale count"
-        assert not kept.weight[~kept.mask].any(), f"{kept.name}: weight off the mask"
+        mask = whole(kept.mask)
+        assert int(mask.sum()) == kept.live, f"{kept.name}: stale count"
+        assert not kept.weight[~mask].any(), f"{kept.name}: weight off the mask"
         for optimizer in optimizers if not kept.is_latent else ():
             if kept.compressed is not None:  # nothing is kept off the mask
                 assert len(kept.parameter) == kept.live, f"{kept.name}: values"
                 continue
-            off = ~part_of(kept.mask, kept.parameter)
+            off = ~local(kept.mask)
             for tensor in optimizer_state(kept, optimizer):
                 assert not tensor[off].any(), f"{kept.name}: optimizer state off the mask"
 

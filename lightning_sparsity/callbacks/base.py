@@ -25,6 +25,7 @@ from lightning_sparsity.core.layer import (
     Schedule,
     call_of,
     errors_of,
+    works_on_parts,
 )
 from lightning_sparsity.core.method import Observe, Role, Share
 from lightning_sparsity.core.numbers import plain
@@ -81,6 +82,8 @@ class MaskCallback(SparsityCallback):
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument is out of range.
     """
+
+    entrywise = False  # whether begin and update, written anew, leave all work to the rules
 
     def __init__(
         self,
@@ -176,6 +179,13 @@ class MaskCallback(SparsityCallback):
         """Whether updates read dense gradients."""
         by_rule = self.rule is not None and needs_gradient(self.rule)
         return by_rule or (self.ramps and needs_gradient(self._budget.distribution))
+
+    @property
+    def on_parts(self) -> bool:
+        """Whether sharded layers need not be gathered: all that it does are verbs that say so."""
+        parts = [p for p in (self.initial, self.rule, self.observe) if p is not None]
+        kept = (getattr(type(self), n) is getattr(MaskCallback, n) for n in ("begin", "update"))
+        return (self.entrywise or all(kept)) and all(map(works_on_parts, parts))
 
     def check(self, layers: Layers) -> None:
         """Raise if the asked density cannot be reached, long before it is due.

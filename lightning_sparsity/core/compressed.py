@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_sparsity.core.live import Formed, Live
 from lightning_sparsity.core.stand_in import Forward, StandIn
 from lightning_sparsity.ops.compressed import DTYPES, Kernels, Pattern, product
+from lightning_sparsity.ops.live import Formed, Live
 
 
 class CompressedWeight(StandIn):

@@ -20,7 +20,6 @@ from lightning_sparsity.core import state
 from lightning_sparsity.core.capture import Capture
 from lightning_sparsity.core.layer import Layer, Layers, density_of
 from lightning_sparsity.core.learner import LearnedMethod, Learner
-from lightning_sparsity.core.live import Formed
 from lightning_sparsity.core.masks import Masks, optimizer_state
 from lightning_sparsity.core.method import Share
 from lightning_sparsity.core.parameter import SparseParameter
@@ -31,13 +30,15 @@ from lightning_sparsity.core.plan import (
     check_windows,
 )
 from lightning_sparsity.core.randomness import generator
-from lightning_sparsity.core.ranks import gather_from_ranks, mean_over_ranks
 from lightning_sparsity.core.run import Owner, Run, by_optimizer, carry_over, census
-from lightning_sparsity.core.shards import formed, is_sharded
+from lightning_sparsity.core.shards import is_sharded, sharded
 from lightning_sparsity.core.storage import Storage
 from lightning_sparsity.core.view import ModelView
+from lightning_sparsity.ops.live import Formed
 from lightning_sparsity.ops.masked import mask_
+from lightning_sparsity.ops.ranks import gather_from_ranks, mean_over_ranks
 from lightning_sparsity.ops.selection import NonFiniteScoreError
+from lightning_sparsity.ops.sharded import Sharded
 
 
 class Engine:
@@ -311,6 +312,7 @@ class Engine:
             dataclasses.replace(layers[fresh.name], generator=fresh.generator)
             for fresh in self._layers(run)
         ]
+        mine = mine if run.method.on_parts else [layer.gathered() for layer in mine]
         if view is not None:
             try:
                 mine = list(run.method.estimate(mine, share, view.of(layers.values())))
@@ -551,7 +553,10 @@ class Engine:
                 owner.kept = self._dense(owner.parameters)
                 for layer in self._layers(run):
                     if layer.grad is not None and run.method.observe is not None:
-                        if isinstance(layer.grad, Formed):  # once, however often it is read
+                        if not run.method.on_parts:
+                            layer = layer.gathered()
+                        if isinstance(layer.grad, Formed) and not isinstance(layer.grad, Sharded):
+                            # once, however often it is read
                             layer = dataclasses.replace(layer, grad=layer.grad.formed())
                         found = dict(run.method.observe(layer))
                         owner.observed[layer.name] = (run.key, found)
@@ -579,7 +584,7 @@ class Engine:
                 found[kept.name] = kept.compressed.dense_gradient(self._averaged)
             elif grad is not None:
                 grad = grad.detach().clone() if copy else grad.detach()
-                found[kept.name] = formed(grad) if is_sharded(grad) else grad
+                found[kept.name] = sharded(grad) if is_sharded(grad) else grad
         return {name: grad for name, grad in found.items() if grad is not None}
 
     def _averaged(self, grad: Tensor) -> Tensor:
@@ -611,6 +616,8 @@ class Engine:
     def _update(self, run: Run) -> None:
         run.updates += 1
         layers = {layer.name: layer for layer in self._layers(run)}
+        if not run.method.on_parts:
+            layers = {name: layer.gathered() for name, layer in layers.items()}
         try:
             share = run.share or self._begin(run, layers, found=True)
             ready = self._with_gradient(run, list(layers.values()))

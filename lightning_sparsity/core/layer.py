@@ -11,7 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_sparsity.core.live import Live
+from lightning_sparsity.ops.live import Live
+from lightning_sparsity.ops.sharded import Gathered, Sharded
 from lightning_sparsity.structures import Layout, Structure, Unstructured
 
 
@@ -101,10 +102,33 @@ class Layer:
                 return score.values_there, there, places
         return self.reduce(score), among, None
 
+    def gathered(self) -> Layer:
+        """This layer with whole tensors, for rules that do not work on parts.
+
+        Masks and slots are gathered at once, weight and gradient when somebody computes with them.
+        """
+        slots = {key: _gathered(slot) for key, slot in self.slots.items()}
+        return dataclasses.replace(
+            self,
+            weight=_when_read(self.weight),
+            mask=_gathered(self.mask),
+            grad=None if self.grad is None else _when_read(self.grad),
+            slots=slots,
+            barred=None if self.barred is None else _gathered(self.barred),
+        )
+
     def with_units(self, units: Tensor) -> Layer:
         """This layer with the mask whose live units are ``units``, ``(size,)`` bool."""
         mask = self.structure.expand(units, self.shape, self.layout)
         return dataclasses.replace(self, mask=mask)
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    return tensor.formed() if isinstance(tensor, Sharded) else tensor
+
+
+def _when_read(tensor: Tensor) -> Tensor:
+    return Gathered(tensor) if isinstance(tensor, Sharded) else tensor
 
 
 def dense_layers(shapes: Mapping[str, Sequence[int]]) -> list[Layer]:
@@ -136,6 +160,11 @@ def errors_of(name: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
+
+
+def works_on_parts(part: object) -> bool:
+    """Whether a rule, score or ``observe=`` works on sharded layers without gathering them."""
+    return bool(getattr(getattr(part, "__self__", part), "on_parts", False))
 
 
 def call_of(part: object) -> str:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_sparsity.core.compressed import CompressedWeight
 from lightning_sparsity.core.layer import Layer, Layers
 from lightning_sparsity.core.parameter import SparseParameter
-from lightning_sparsity.core.shards import local, part_of
+from lightning_sparsity.core.shards import local, part_of, whole
 from lightning_sparsity.ops.fingerprint import fingerprint
 from lightning_sparsity.ops.masked import apply_gate
 
@@ -134,15 +134,19 @@ class Masks:
         )
 
     def hashes(self, names: Iterable[str]) -> list[int]:
-        """A 64-bit hash of each mask, made in one cheap pass; equal masks have equal ones."""
-        return [fingerprint(self[name].mask) for name in names]
+        """A 64-bit hash of each mask, made in one cheap pass; equal masks have equal ones.
+
+        Of a sharded mask, of which every process has another part, the number of live weights.
+        """
+        kept = [self[name] for name in names]
+        return [p.live if p.is_sharded else fingerprint(p.mask) for p in kept]
 
     def digest(self) -> str:
         """A short hash of all masks, equal exactly when the masks are."""
         total = hashlib.blake2b(digest_size=8)
         for parameter in self:
             total.update(parameter.name.encode())
-            total.update(parameter.mask.cpu().numpy().tobytes())
+            total.update(whole(parameter.mask).cpu().numpy().tobytes())
         return total.hexdigest()
 
 

@@ -78,6 +78,11 @@ class Method(Protocol):
         """Whether updates read dense gradients."""
         ...
 
+    @property
+    def on_parts(self) -> bool:
+        """Whether sharded layers need not be gathered for it."""
+        ...
+
     def check(self, layers: Layers) -> None:
         """Raise ``ValueError`` at the start of training if a later update could not be done.
 

@@ -13,9 +13,10 @@ from lightning_sparsity.core.compressed import CompressedWeight
 from lightning_sparsity.core.effective import EffectiveWeight
 from lightning_sparsity.core.filters import Candidate
 from lightning_sparsity.core.layer import Layer
-from lightning_sparsity.core.live import Formed
-from lightning_sparsity.core.shards import formed, is_sharded, local, part_of, whole
+from lightning_sparsity.core.shards import is_sharded, local, part_of, sharded, whole
+from lightning_sparsity.ops.live import Formed
 from lightning_sparsity.ops.masked import gate
+from lightning_sparsity.ops.sharded import Gathered, Sharded, Split
 from lightning_sparsity.structures import Structure
 
 
@@ -70,15 +71,14 @@ class SparseParameter:
         self.is_latent = False
         self.dense_gradients = False
         self._support: Callable[[], Tensor] | None = None
-        parameter = candidate.parameter
-        if is_sharded(parameter):
-            self._mask = torch.ones(self.shape, dtype=torch.bool, device=parameter.device)
-        else:
-            self._mask = torch.ones_like(parameter, dtype=torch.bool)
-        self._gathered = formed(parameter) if is_sharded(parameter) else None
         self._mask_is_stale = False
         self._seen_mask: weakref.ref[Tensor] | None = None
-        self._live: int | None = None
+        self._live: int | None = self.numel
+        parameter = candidate.parameter
+        self._split = Split.of(parameter) if is_sharded(parameter) else None
+        self._mask = torch.ones_like(local(parameter), dtype=torch.bool)
+        if self._split is not None:
+            self._mask = Sharded(self._mask, self._split)
         self._gate: Tensor | None = None
         self._gate_is_stale = True
 
@@ -90,18 +90,22 @@ class SparseParameter:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the parameter lies in parts on several processes."""
-        return self._gathered is not None
+        """Whether the parameter lies in parts on several processes, and the mask with it."""
+        return self._split is not None
 
     @property
     def view(self) -> Tensor:
-        """The weight as rules see it: the parameter itself, detached, if it is dense and whole."""
+        """The weight as rules see it: the parameter itself, detached, if it is dense."""
         if self.compressed is not None:
             return self.compressed.view
-        return self.parameter.detach() if self._gathered is None else self._gathered
+        return sharded(self.parameter) if self.is_sharded else self.parameter.detach()
 
     def is_view(self, weight: Tensor) -> bool:
         """Whether a rule has left the weight as it was."""
+        if isinstance(weight, Gathered):
+            weight = weight.gathered_from
+        if isinstance(weight, Sharded):
+            return not weight.is_own
         if isinstance(weight, Formed):
             return weight is self.view
         return self.compressed is None and weight.data_ptr() == self.parameter.data_ptr()
@@ -119,7 +123,7 @@ class SparseParameter:
         """The live weights of validation and files, ``(live,)``, in row-major order."""
         if self.compressed is not None:
             return self.parameter.detach()
-        return self.weight[self.mask]
+        return self.weight[whole(self.mask)]
 
     @property
     def computed(self) -> Tensor:
@@ -131,7 +135,8 @@ class SparseParameter:
         """Same shape, bool, True = live.
 
         Its identity never changes, but for compressed weights: that of these is made from their
-        pattern when somebody looks, and lives as long as somebody holds it.
+        pattern when somebody looks, and lives as long as somebody holds it. The mask of a sharded
+        weight is cut as the weight is; look at it on all processes.
         """
         if self.compressed is not None:
             mask = self._seen_mask() if self._seen_mask is not None else None
@@ -186,7 +191,7 @@ class SparseParameter:
 
         Of a sharded weight, for the part of this process.
         """
-        mask = part_of(self.mask, self.parameter)
+        mask = local(self.mask)
         if self._gate is None:
             self._gate = gate(mask, local(self.parameter))
         elif self._gate_is_stale:
@@ -198,10 +203,21 @@ class SparseParameter:
         """Overwrite the mask in place; of a compressed weight, which has it, only take note."""
         self._seen_mask = None
         if self.compressed is None:
-            self._mask.copy_(mask)
+            local(self._mask).copy_(part_of(mask, self.parameter))
         self._mask_is_stale = False
-        self._live = None
+        # Parts are counted at once, on all processes: later one alone may ask.
+        self._live = int(self._mask.count_nonzero()) if self.is_sharded else None
         self._gate_is_stale = True
+
+    def keep(self, slots: Mapping[str, Tensor]) -> None:
+        """Take over whole slots, from a file say: of a sharded weight, the parts here."""
+        device = self.parameter.device
+        self.slots = {
+            key: Sharded(self._split.part_of(tensor.to(device)), self._split)
+            if self._split is not None and tensor.shape == self.shape
+            else tensor.to(device)
+            for key, tensor in slots.items()
+        }
 
     def store(self, compressed: CompressedWeight | None) -> None:
         """Let the parameter hold live values alone, or be dense again; whoever calls moves them."""

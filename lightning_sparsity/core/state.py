@@ -16,7 +16,7 @@ from lightning_sparsity.core.method import Share
 from lightning_sparsity.core.plan import Assignment
 from lightning_sparsity.core.randomness import rng_state
 from lightning_sparsity.core.run import Owner, Run
-from lightning_sparsity.core.shards import is_sharded
+from lightning_sparsity.core.shards import is_sharded, whole
 from lightning_sparsity.ops.packing import pack, unpack
 
 VERSION = 1
@@ -41,8 +41,8 @@ def save(
                 "aliases": kept.aliases,
                 "shape": kept.shape,
                 "structure": repr(kept.structure),
-                "mask": pack(kept.mask).cpu(),
-                "slots": {key: tensor.detach().cpu() for key, tensor in kept.slots.items()},
+                "mask": pack(whole(kept.mask)).cpu(),
+                "slots": {key: whole(tensor).cpu() for key, tensor in kept.slots.items()},
             }
             for kept in masks
         },
@@ -95,7 +95,7 @@ def restore(
         saved = state["parameters"][kept.name]
         device = kept.parameter.device
         kept.set_mask(unpack(saved["mask"], saved["shape"]).to(device))
-        kept.slots = {key: tensor.to(device) for key, tensor in saved["slots"].items()}
+        kept.keep(saved["slots"])
     for run, saved in zip(runs, state["runs"], strict=True):
         run.updates = saved["updates"]
         run.pending = saved["pending"]

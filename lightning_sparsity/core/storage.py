@@ -18,9 +18,9 @@ from lightning_sparsity.core.compressed import CompressedWeight, reason_to_stay_
 from lightning_sparsity.core.filters import Selection
 from lightning_sparsity.core.masks import Masks, resize
 from lightning_sparsity.core.parameter import SparseParameter
-from lightning_sparsity.core.ranks import mean_over_ranks
 from lightning_sparsity.ops import native
 from lightning_sparsity.ops.compressed import Kernels
+from lightning_sparsity.ops.ranks import mean_over_ranks
 
 Layout = Literal["auto", "csr"]
 """How weights are kept: whatever measures faster, or in compressed rows."""

@@ -29,8 +29,8 @@ from torch.utils.data import (
 from lightning_sparsity.core.filters import plain_name
 from lightning_sparsity.core.isolation import isolated
 from lightning_sparsity.core.layer import Layer, Layers
-from lightning_sparsity.core.ranks import mean_over_ranks
 from lightning_sparsity.core.shards import is_sharded
+from lightning_sparsity.ops.ranks import mean_over_ranks
 
 LossFunction = Callable[[pl.LightningModule, Any], Tensor]
 """Gets the LightningModule and a batch, and returns the loss, a scalar."""

@@ -262,9 +262,9 @@ class DensityMonitor(SparsityCallback):
 
     def _log(self, trainer: pl.Trainer, step: int) -> None:
         assert self._watch is not None
+        found = self._watch.metrics()  # on all processes, which may each have parts of the masks
         if not (trainer.is_global_zero and trainer.loggers):
             return
-        found = self._watch.metrics()
         if not self.per_layer:
             layers = set(self._watch.tracker.names)
             found = {k: v for k, v in found.items() if k.partition("/")[2] not in layers}

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from lightning_sparsity.core.masks import Masks
 from lightning_sparsity.core.parameter import SparseParameter
-from lightning_sparsity.ops.packing import pack
+from lightning_sparsity.core.shards import local, over_parts, part_of, whole
+from lightning_sparsity.ops.packing import pack, unpack
+from lightning_sparsity.ops.sharded import Sharded
 from lightning_sparsity.reports import Course
 
 
@@ -41,7 +43,7 @@ class _Track:
 
     @classmethod
     def of(cls, kept: SparseParameter) -> _Track:
-        mask = pack(kept.mask)
+        mask = pack(local(kept.mask))
         return cls(mask, mask.clone(), kept.live, kept.live, kept.live)
 
 
@@ -70,7 +72,7 @@ class MaskTracker:
             return
         self._changes = self._masks.changes
         for kept in self._masks:
-            self._tracks[kept.name].fired |= pack(kept.mask)
+            self._tracks[kept.name].fired |= pack(local(kept.mask))
 
     def update(self, names: Collection[str]) -> None:
         """Compare the masks with those of the last update.
@@ -79,11 +81,13 @@ class MaskTracker:
             names: Parameters that an update went over since, changed or not.
         """
         for name in names:
-            track, mask = self._tracks[name], pack(self._masks[name].mask)
+            track, kept = self._tracks[name], self._masks[name]
+            mask = pack(local(kept.mask))
             track.fired |= mask
             counts = torch.stack([_count(track.mask & ~mask), _count(track.fired)])
+            counts = over_parts(kept.mask, counts)
             track.dropped, track.ever_live = counts.tolist()
-            track.before, track.live = track.live, self._masks[name].live
+            track.before, track.live = track.live, kept.live
             track.dropped_in_all += track.dropped
             track.mask = mask
         self._changes = self._masks.changes
@@ -138,7 +142,7 @@ class MaskTracker:
         return {
             name: {
                 "shape": self._masks[name].shape,
-                "fired": track.fired.cpu(),
+                "fired": _whole(self._masks[name], track.fired).cpu(),
                 "start": track.start,
                 "dropped": track.dropped,
                 "before": track.before,
@@ -157,9 +161,9 @@ class MaskTracker:
         if shapes != {name: tuple(saved["shape"]) for name, saved in state.items()}:
             return False
         for name, saved in state.items():
-            track = self._tracks[name]
-            track.fired |= saved["fired"].to(track.fired.device)
-            track.ever_live = int(_count(track.fired))
+            track, kept = self._tracks[name], self._masks[name]
+            track.fired |= _part(kept, saved["fired"].to(track.fired.device))
+            track.ever_live = int(over_parts(kept.mask, _count(track.fired)))
             track.start, track.dropped = saved["start"], saved["dropped"]
             track.before, track.dropped_in_all = saved["before"], saved["dropped_in_all"]
         return True
@@ -167,6 +171,21 @@ class MaskTracker:
 
 def _share(part: int, whole: int, empty: float = 1.0) -> float:
     return part / whole if whole else empty
+
+
+def _whole(kept: SparseParameter, packed: Tensor) -> Tensor:
+    """Bits of all weights, from those of the part that this process has."""
+    mask = kept.mask
+    if not isinstance(mask, Sharded):
+        return packed
+    return pack(whole(mask.of(unpack(packed, tuple(mask.part.shape)))))
+
+
+def _part(kept: SparseParameter, packed: Tensor) -> Tensor:
+    """Undo :func:`_whole`."""
+    if not kept.is_sharded:
+        return packed
+    return pack(part_of(unpack(packed, kept.shape), kept.parameter))
 
 
 def _count(packed: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from lightning_sparsity.connectivity import Wiring
 from lightning_sparsity.core.keeper import MaskKeeper
 from lightning_sparsity.core.masks import Masks
 from lightning_sparsity.core.run import Run
+from lightning_sparsity.core.shards import whole
 from lightning_sparsity.flops import FlopCounter, Flops, is_compiled
 from lightning_sparsity.monitors.cost import BatchClock, TrainingCost
 from lightning_sparsity.monitors.picture import DensityHistory
@@ -140,7 +141,7 @@ class Watch:
         """How the sparse parameters are wired, if asked for; outside chains all is effective."""
         if self._wires and self._wired_at != self.masks.changes:
             self._wired_at = self.masks.changes
-            masks = {kept.name: kept.mask for kept in self.masks}
+            masks = {kept.name: whole(kept.mask) for kept in self.masks}
             found = connectivity.wiring(connectivity.layers_of(self._model, masks))
             apart = {k.name: Wiring(k.numel, k.live, k.live, 0, 0) for k in self.masks}
             self._wiring = {name: found.get(name, apart[name]) for name in masks}

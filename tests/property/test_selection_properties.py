@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_sparsity.ops import selection
+from lightning_sparsity.ops import pool
 from lightning_sparsity.ops.packing import pack, unpack
 from lightning_sparsity.ops.selection import Best, sample, top_k, top_k_counts, top_n_per_group
 
@@ -62,12 +62,12 @@ def test_brackets_find_what_sorting_finds(
     scores = torch.randint(distinct, (6000,), generator=generator).float()
     candidates = torch.rand(6000, generator=generator) < density
     k = int(share * candidates.sum())
-    few, chunk = selection._FEW, selection._CHUNK
-    selection._FEW, selection._CHUNK = 8, {"cpu": 700}
+    few, chunk = pool._FEW, pool._CHUNK
+    pool._FEW, pool._CHUNK = 8, {"cpu": 700}
     try:
         masks = top_k(scores.tensor_split(pieces), k, candidates.tensor_split(pieces))
     finally:
-        selection._FEW, selection._CHUNK = few, chunk
+        pool._FEW, pool._CHUNK = few, chunk
     assert torch.equal(torch.cat(masks), best(scores, k, candidates))
 
 

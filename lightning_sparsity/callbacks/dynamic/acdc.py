@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.files import save
@@ -18,8 +19,10 @@ from lightning_sparsity.core.layer import Distribution, Layers
 from lightning_sparsity.core.masks import Masks
 from lightning_sparsity.core.method import Share
 from lightning_sparsity.core.numbers import plain
+from lightning_sparsity.core.shards import whole
 from lightning_sparsity.core.window import Interval, Steps
 from lightning_sparsity.distributions import global_by
+from lightning_sparsity.ops.ranks import is_first_rank
 from lightning_sparsity.rules import chain, drop, grow
 from lightning_sparsity.schedules import Phases, alternating
 from lightning_sparsity.scores import magnitude, random
@@ -74,6 +77,8 @@ class ACDC(MaskCallback):
 
         Trainer(callbacks=[ACDC(density=0.1, dense_checkpoint="dense.pt")])
     """
+
+    entrywise = True
 
     def __init__(
         self,
@@ -168,14 +173,18 @@ class ACDC(MaskCallback):
         """Leave out the model."""
         return {**super().__getstate__(), "_network": None}
 
-    @rank_zero_only
     def _save(self, share: Share) -> None:
         """Save the network, if no layer is compressed yet; a whole file or none."""
         if self._network is None or self.dense_checkpoint is None:
             return
         module, masks = self._network
         if all(masks[name].is_dense for name in share.names):
-            save(module.state_dict(), Path(self.dense_checkpoint))
+            weights = {  # those that lie in parts are gathered, on all processes
+                name: whole(value) if isinstance(value, Tensor) else value
+                for name, value in module.state_dict().items()
+            }
+            if is_first_rank():
+                save(weights, Path(self.dense_checkpoint))
 
 
 def _checked(compressed: Phases) -> Phases:

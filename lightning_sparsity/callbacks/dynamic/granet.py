@@ -100,6 +100,8 @@ class GraNet(MaskCallback):
         Trainer(callbacks=[GraNet(density=0.1), DensityMonitor()])
     """
 
+    entrywise = True
+
     def __init__(
         self,
         density: float | None = None,

@@ -69,6 +69,8 @@ class MEST(MaskCallback):
         Trainer(callbacks=[MEST(density=0.1, soft=True)])
     """
 
+    entrywise = True
+
     def __init__(
         self,
         density: float | None = None,
@@ -158,6 +160,11 @@ class importance:
     def needs_gradient(self) -> bool:
         """Whether gradients count."""
         return self.gradient_weight > 0
+
+    @property
+    def on_parts(self) -> bool:
+        """Whether it works on sharded layers: yes."""
+        return True
 
     def __call__(self, layer: Layer) -> Tensor:
         """Score of ``layer``."""

@@ -24,10 +24,11 @@ from lightning_sparsity.core.layer import (
     Score,
     Verb,
     call_of,
+    works_on_parts,
 )
-from lightning_sparsity.core.ranks import sum_over_ranks
 from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import uniform
+from lightning_sparsity.ops.ranks import sum_over_ranks
 from lightning_sparsity.ops.selection import Best, top_n_per_group
 from lightning_sparsity.rules import chain, drop, exchange, grow
 from lightning_sparsity.schedules import cosine
@@ -58,6 +59,11 @@ class grow_best:
     def needs_gradient(self) -> bool:
         """Whether the score reads gradients."""
         return needs_gradient(self.score)
+
+    @property
+    def on_parts(self) -> bool:
+        """Whether the score works on sharded layers."""
+        return works_on_parts(self.score)
 
     def __call__(self, layers: Layers, budget: Budget, progress: float) -> Layers:
         """Grow units."""

@@ -132,6 +132,7 @@ class drop_by_sign:
 
     fraction: float | Curve
     needs_gradient = False
+    on_parts = True
 
     def __call__(self, layers: Layers, budget: Budget, progress: float) -> Layers:
         """Drop weights; ``budget`` is not used."""

@@ -58,6 +58,8 @@ class DSD(MaskCallback):
         Trainer(max_epochs=90, callbacks=[DSD(density=0.7)])
     """
 
+    entrywise = True
+
     def __init__(
         self,
         density: float | None = None,

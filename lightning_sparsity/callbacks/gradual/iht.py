@@ -57,6 +57,8 @@ class IHT(MaskCallback):
         Trainer(callbacks=[IHT(density=0.1, sparse_intervals=5, dense_intervals=5)])
     """
 
+    entrywise = True
+
     def __init__(
         self,
         density: float | None = None,

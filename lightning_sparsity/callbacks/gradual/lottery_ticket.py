@@ -68,6 +68,8 @@ class LotteryTicket(MaskCallback):
         Trainer(max_epochs=60, callbacks=[LotteryTicket(density=0.1, rounds=5, round_epochs=10)])
     """
 
+    entrywise = True
+
     def __init__(
         self,
         density: float | None = None,

@@ -19,9 +19,9 @@ from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Distribution, Layer, Layers, Rule, Verb
 from lightning_sparsity.core.method import Share
 from lightning_sparsity.core.numbers import plain
-from lightning_sparsity.core.ranks import mean_over_ranks
 from lightning_sparsity.core.view import ForwardFunction, ModelView, Pass
 from lightning_sparsity.distributions import uniform
+from lightning_sparsity.ops.ranks import mean_over_ranks
 from lightning_sparsity.rules import drop
 from lightning_sparsity.scores import magnitude
 from lightning_sparsity.structures import Structure

@@ -13,8 +13,8 @@ from lightning_sparsity.callbacks.scored import ScoredStart
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Distribution, Layers, Rule, Verb
 from lightning_sparsity.core.numbers import plain
-from lightning_sparsity.core.ranks import mean_over_ranks
 from lightning_sparsity.core.view import LossFunction, Pass
+from lightning_sparsity.ops.ranks import mean_over_ranks
 from lightning_sparsity.structures import Structure
 
 

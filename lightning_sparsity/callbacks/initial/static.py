@@ -47,6 +47,8 @@ class StaticSparse(MaskCallback):
         Trainer(callbacks=[StaticSparse(density=0.1, weight_init=rescale_to_fan_in)])
     """
 
+    entrywise = True
+
     def __init__(
         self,
         density: float | None = None,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sparsity.ops import selection
+from lightning_sparsity.ops import pool, selection
 from lightning_sparsity.ops.selection import (
     NonFiniteScoreError,
     sample,
@@ -47,8 +47,8 @@ def coin(*shape: int, p: float = 0.5, seed: int = 1) -> Tensor:
 @pytest.fixture
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes a few thousand scores go through chunks and brackets."""
-    monkeypatch.setattr(selection, "_CHUNK", {"cpu": 1000})
-    monkeypatch.setattr(selection, "_FEW", 16)
+    monkeypatch.setattr(pool, "_CHUNK", {"cpu": 1000})
+    monkeypatch.setattr(pool, "_FEW", 16)
 
 
 class TestTopK:
@@ -208,12 +208,12 @@ class TestTopKOfMany:
             low, high = inside[torch.tensor([rounds * 31 % len(inside), rounds % len(inside)])]
             return min(float(low), float(high)), max(float(low), float(high))
 
-        monkeypatch.setattr(selection, "_bracket", poor_bracket)
+        monkeypatch.setattr(pool, "_bracket", poor_bracket)
         check([normal(20_000, seed=seed).mul(9).round(), normal(20_000)], 8000)
         assert rounds > 2
 
     def test_an_unlucky_sample_ends_in_gathering(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(selection._Pool, "sample_between", lambda *_: torch.empty(0))
+        monkeypatch.setattr(pool.Pool, "sample_between", lambda *_: torch.empty(0))
         check([normal(5000)], 700)
 
 

@@ -40,8 +40,9 @@ class Formed(Tensor):
     @staticmethod
     def __new__(cls, form: Callable[[], Tensor], shape: Sequence[int], like: Tensor) -> Formed:
         """A tensor without memory."""
+        strides = like.stride() if tuple(like.shape) == tuple(shape) else None
         made: Formed = Tensor._make_wrapper_subclass(
-            cls, tuple(shape), dtype=like.dtype, device=like.device
+            cls, tuple(shape), strides, dtype=like.dtype, device=like.device
         )
         made._form = form
         return made

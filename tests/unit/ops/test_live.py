@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sparsity.core.live import Formed, Live
+from lightning_sparsity.ops.live import Formed, Live
 
 DENSE = torch.tensor([[0.0, -2.0, 0.0], [3.0, 0.0, 0.25]])
 POSITIONS = torch.tensor([1, 3, 5])

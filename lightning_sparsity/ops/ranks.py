@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -23,6 +24,24 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return total
 
 
+def concatenated(tensor: Tensor) -> Tensor:
+    """The tensors of all processes one after the other, first rank first.
+
+    Args:
+        tensor: 1-D, of any length, of the same dtype on every process.
+    """
+    if not _are_several():
+        return tensor
+    lengths = [tensor.new_zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, tensor.new_tensor([len(tensor)], dtype=torch.int64))
+    sizes = [int(length) for length in lengths]
+    padded = tensor.new_zeros(max(sizes))
+    padded[: len(tensor)] = tensor
+    found = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(found, padded)
+    return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
+
+
 def gather_from_ranks(make: Callable[[], list[int]]) -> list[list[int]]:
     """What every process makes, first rank first; nothing is made if there is only one."""
     if not _are_several():
@@ -30,6 +49,11 @@ def gather_from_ranks(make: Callable[[], list[int]]) -> list[list[int]]:
     found: list[list[int]] = [[]] * dist.get_world_size()
     dist.all_gather_object(found, make())
     return found
+
+
+def is_first_rank() -> bool:
+    """Whether this is the first process, or the only one."""
+    return not _are_several() or dist.get_rank() == 0
 
 
 def _are_several() -> bool:
