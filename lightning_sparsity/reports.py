@@ -121,7 +121,8 @@ def storage_table(masks: Masks, storage: Storage) -> str:
     for kept in masks:
         choice = storage.choices.get(kept.name)
         times = (None, None) if choice is None else (choice.dense_ms, choice.compressed_ms)
-        why = storage.reasons.get(kept.name, "")
+        learning = "its mask is learned" if kept.effective is not None else ""
+        why = storage.reasons.get(kept.name, learning)
         reads = 0 if kept.compressed is None else kept.compressed.reads
         rows.append(
             [

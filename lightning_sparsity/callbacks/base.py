@@ -83,7 +83,7 @@ class MaskCallback(SparsityCallback):
         ValueError: If an argument is out of range.
     """
 
-    entrywise = False  # whether begin and update, written anew, leave all work to the rules
+    entrywise = False  # whether begin and update, where written anew, leave all work to the rules
 
     def __init__(
         self,
@@ -182,10 +182,18 @@ class MaskCallback(SparsityCallback):
 
     @property
     def on_parts(self) -> bool:
-        """Whether sharded layers need not be gathered: all that it does are verbs that say so."""
-        parts = [p for p in (self.initial, self.rule, self.observe) if p is not None]
-        kept = (getattr(type(self), n) is getattr(MaskCallback, n) for n in ("begin", "update"))
-        return (self.entrywise or all(kept)) and all(map(works_on_parts, parts))
+        """Whether sharded layers need not be gathered for updates: verbs that say so do all."""
+        parts = [p for p in (self.rule, self.observe) if p is not None]
+        return self._leaves_work("update") and all(map(works_on_parts, parts))
+
+    @property
+    def begins_on_parts(self) -> bool:
+        """The same at the start."""
+        return self._leaves_work("begin") and works_on_parts(self.initial)
+
+    def _leaves_work(self, name: str) -> bool:
+        """Whether a method of this class, inherited or not, leaves all work to the rules."""
+        return self.entrywise or getattr(type(self), name) is getattr(MaskCallback, name)
 
     def check(self, layers: Layers) -> None:
         """Raise if the asked density cannot be reached, long before it is due.

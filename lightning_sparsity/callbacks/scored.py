@@ -66,6 +66,8 @@ class ScoredStart(MaskCallback):
     """
 
     dtype = torch.float32
+    entrywise = True
+    by_gradients: ClassVar[bool] = True
     revives: ClassVar[bool] = False
 
     def __init__(
@@ -157,7 +159,13 @@ class ScoredStart(MaskCallback):
         if fixes_total(self._budget.distribution):
             counts = self._budget.first(layers, share)
             asked = sum(counts) / sum(layer.size for layer in layers)
-        with view.open(layers, mode=self.mode, dtype=self.dtype, seed=self.seed) as opened:
+        with view.open(
+            layers,
+            mode=self.mode,
+            dtype=self.dtype,
+            seed=self.seed,
+            on_parts=self.by_gradients,
+        ) as opened:
             batches = self.look(opened)
             between = [n for n in self.rounds(asked)[:-1] if asked < n < found]
             for density in opened.progress(between, self._name):

@@ -21,6 +21,7 @@ from lightning_sparsity.core.filters import (
     linear_and_conv,
     select,
 )
+from lightning_sparsity.core.keeper import MaskKeeper
 from lightning_sparsity.core.layer import errors_of
 from lightning_sparsity.core.masks import Masks
 from lightning_sparsity.core.method import Method
@@ -125,6 +126,18 @@ class SparseCompute(SparsityCallback):
             if isinstance(trainer.strategy, DDPStrategy):
                 mine = [a for c in self._pool(pl_module) for a in c.aliases]
                 setattr(pl_module, IGNORED_BY_DDP, [*getattr(pl_module, IGNORED_BY_DDP, ()), *mine])
+
+    def on_masks_ready(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, keeper: MaskKeeper
+    ) -> None:
+        """Say which weights stay dense for now, as no table is printed before one is decided."""
+        able = {c.name for c in self._pool(pl_module)}
+        learning = [p.name for p in keeper.masks or () if p.effective and p.name in able]
+        if learning:
+            rank_zero_info(
+                f"SparseCompute: {', '.join(learning)}: dense while masks are learned, compressed "
+                "once these are final."
+            )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let DistributedDataParallel have its parameters again."""

@@ -312,7 +312,7 @@ class Engine:
             dataclasses.replace(layers[fresh.name], generator=fresh.generator)
             for fresh in self._layers(run)
         ]
-        mine = mine if run.method.on_parts else [layer.gathered() for layer in mine]
+        mine = mine if run.method.begins_on_parts else [layer.gathered() for layer in mine]
         if view is not None:
             try:
                 mine = list(run.method.estimate(mine, share, view.of(layers.values())))
@@ -710,6 +710,13 @@ class Engine:
                     f"{run.key} makes no update: training has {self.total:g} optimizer steps, "
                     f"{run.owner.steps} of them behind it, and the window is steps {steps.start} "
                     f"to {steps.end}, every {steps.every}. Move the window, or update more often.",
+                )
+            elif steps is not None and run.owner.optimizer is None:
+                self._warn(
+                    f"{run.key} is not stepped",
+                    f"{run.key} makes no update of {', '.join(run.names)}, which no optimizer "
+                    "steps. Leave frozen weights out with exclude=, give them to an optimizer, or "
+                    "take StaticSparse or another initial method for them.",
                 )
             elif steps is not None and run.method.ramps and steps.jumps:
                 self._warn(

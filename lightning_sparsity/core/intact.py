@@ -2,17 +2,24 @@
 
 ``torch.save`` writes a zip archive with a CRC-32 of every tensor and of all else, but
 ``torch.load`` does not look at them: a flipped bit in a weight or a mask goes unnoticed.
+A folder of ``torch.distributed.checkpoint`` has such an archive for every tensor.
 """
 
 from __future__ import annotations
 
 import zipfile
 from contextlib import suppress
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from lightning_sparsity.ops.ranks import gather_from_ranks
 
 _FOLDER = 0x10
 """The attribute of a folder: torch reads nothing from such an entry, and does not say so."""
@@ -38,15 +45,71 @@ def check(path: Path) -> None:
         raise _refused(path, damage)
 
 
+def check_together(path: Path) -> None:
+    """As :func:`check`, of a file or of a folder with parts; each process reads its share.
+
+    Args:
+        path: Of what all processes are about to load.
+
+    Raises:
+        RuntimeError: On every process, if anything is damaged.
+    """
+    found: list[str | None] = gather_from_ranks(lambda: _first_damage(path, *_place()))
+    for damage in found or [_first_damage(path, 0, 1)]:
+        if damage:
+            raise _refused(path, damage)
+
+
+def _first_damage(path: Path, rank: int, world: int) -> str | None:
+    """What is wrong with those archives in a file or folder that it is this process's to read."""
+    if path.is_file():
+        try:
+            if rank == 0:
+                check(path)
+        except RuntimeError as error:
+            return str(error).partition("is damaged: ")[2].partition(". Nothing")[0]
+        return None
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    if not (path / ".metadata").is_file():
+        return None  # no checkpoint: whoever loads it will say so
+    try:
+        entries = FileSystemReader(path).read_metadata().storage_data.values()
+    except Exception as error:  # it is a pickle
+        return f".metadata cannot be read ({error})"
+    for entry in sorted(entries, key=lambda e: (e.relative_path, e.offset))[rank::world]:
+        with (path / entry.relative_path).open("rb") as file:
+            file.seek(entry.offset)
+            damage = _damage(BytesIO(file.read(entry.length)))
+        if damage:
+            return f"{entry.relative_path}: {damage}"
+    meta = path / "meta.pt"
+    damage = _damage(meta) if rank == 0 and meta.is_file() else None
+    return damage and f"meta.pt: {damage}"
+
+
+def _load_together(strategy: Any, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Check a local checkpoint, then load it as the class of the strategy does."""
+    path = strategy.broadcast(path)
+    if Path(path).exists():
+        check_together(Path(path))
+    loaded: dict[str, Any] = type(strategy).load_checkpoint(strategy, path, *args, **kwargs)
+    return loaded
+
+
+def _place() -> tuple[int, int]:
+    return dist.get_rank(), dist.get_world_size()
+
+
 def _refused(path: Path, damage: str) -> RuntimeError:
     return RuntimeError(
         f"{path} is damaged: {damage}. Nothing of it was loaded. Resume from an earlier checkpoint."
     )
 
 
-def _damage(path: Path) -> str | None:
+def _damage(file: Path | BytesIO) -> str | None:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
             if not any(entry.CRC for entry in entries):
                 return None
@@ -72,6 +135,10 @@ class Checked(CheckpointIO):
     @classmethod
     def add(cls, trainer: pl.Trainer) -> None:
         """Let a Trainer check what it loads."""
+        strategy = trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):  # it loads past its checkpoint_io
+            vars(strategy).setdefault("load_checkpoint", partial(_load_together, strategy))
+            return
         inner = trainer.strategy.checkpoint_io
         if not isinstance(inner, cls):
             with suppress(TypeError):  # strategies for TPUs take only their own
@@ -80,6 +147,7 @@ class Checked(CheckpointIO):
     @classmethod
     def remove(cls, trainer: pl.Trainer) -> None:
         """Give the Trainer back what it had."""
+        vars(trainer.strategy).pop("load_checkpoint", None)
         if isinstance(checked := trainer.strategy.checkpoint_io, cls):
             trainer.strategy.checkpoint_io = checked.inner
 

@@ -80,7 +80,12 @@ class Method(Protocol):
 
     @property
     def on_parts(self) -> bool:
-        """Whether sharded layers need not be gathered for it."""
+        """Whether sharded layers need not be gathered for updates."""
+        ...
+
+    @property
+    def begins_on_parts(self) -> bool:
+        """Whether sharded layers need not be gathered for :meth:`begin`."""
         ...
 
     def check(self, layers: Layers) -> None:

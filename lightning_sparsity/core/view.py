@@ -29,8 +29,10 @@ from torch.utils.data import (
 from lightning_sparsity.core.filters import plain_name
 from lightning_sparsity.core.isolation import isolated
 from lightning_sparsity.core.layer import Layer, Layers
-from lightning_sparsity.core.shards import is_sharded
-from lightning_sparsity.ops.ranks import mean_over_ranks
+from lightning_sparsity.core.lazy_weights import gathered_again, make_lazy
+from lightning_sparsity.core.shards import is_sharded, local, whole
+from lightning_sparsity.ops.ranks import gather_from_ranks, mean_over_ranks, sum_over_ranks
+from lightning_sparsity.ops.sharded import Sharded
 
 LossFunction = Callable[[pl.LightningModule, Any], Tensor]
 """Gets the LightningModule and a batch, and returns the loss, a scalar."""
@@ -78,6 +80,7 @@ class ModelView:
         mode: Literal["train", "eval"] = "train",
         dtype: torch.dtype = torch.float32,
         seed: int | None = None,
+        on_parts: bool = True,
     ) -> Iterator[Pass]:
         """Work on copies of all parameters and buffers; nothing that happens inside stays.
 
@@ -93,16 +96,14 @@ class ModelView:
             mode: "train" or "eval", for all modules.
             dtype: Of the copies and of what is floating point in batches.
             seed: Of random numbers drawn inside; None: that of the run.
+            on_parts: Whether copies of sharded weights are sharded too, and whole weights there
+                only while a layer computes with them. :meth:`Pass.gradients` and
+                :meth:`Pass.hessian_times` work so; without it everything does, and there must be
+                room for a copy of the model.
 
         Yields:
             The copy of the model.
         """
-        if any(is_sharded(p) for p in self._module.parameters()):
-            raise MisconfigurationException(
-                "it passes data through a copy of the model, and the weights lie in parts on "
-                "several processes. Make the masks in a training of one process, and go on from "
-                "its weights with StaticSparse()."
-            )
         seed = self.seed if seed is None else seed
         trained = {plain_name(n) for n, p in self._module.named_parameters() if p.requires_grad}
         device = next((p.device.type for p in self._module.parameters()), "cpu")
@@ -118,7 +119,9 @@ class ModelView:
             torch.set_default_dtype(dtype)
             for module in self._module.modules():
                 module.training = mode == "train"
-            opened = Pass(self._trainer, self._module, dtype, seed, trained)
+            opened = Pass(self._trainer, self._module, dtype, seed, trained, on_parts)
+            if opened.is_parted:
+                stack.enter_context(gathered_again())
             opened.put(self._layers)
             opened.put(layers)
             yield opened
@@ -132,6 +135,7 @@ class Pass:
         weights: The copy of every parameter, by plain name.
         masks: Of the weights that are sparse, by plain name.
         trained: Names of the parameters that training changes; the others are frozen.
+        is_parted: Whether processes have parts of the copies and compute each batch together.
     """
 
     def __init__(
@@ -141,9 +145,12 @@ class Pass:
         dtype: torch.dtype,
         seed: int,
         trained: Collection[str],
+        on_parts: bool = True,
     ) -> None:
         self.module = module
-        self.weights = {plain_name(name): p for name, p in module.named_parameters()}
+        self.weights: dict[str, Tensor] = {
+            plain_name(name): p for name, p in module.named_parameters()
+        }
         self.masks: dict[str, Tensor] = {}
         self.trained = frozenset(trained)
         self._trainer = trainer
@@ -155,13 +162,37 @@ class Pass:
             for key, p in inner._parameters.items():
                 if p is not None:  # a tied one has several places
                     self._places[names[id(p)]].append((inner, key))
+        self.is_parted = any(map(is_sharded, self.weights.values()))
+        if self.is_parted:
+            self._spread_out(on_parts)
+
+    def _spread_out(self, on_parts: bool) -> None:
+        """Put parts, or whole tensors, in the place of copies that are cut over processes."""
+        made = make_lazy(list(self.module.modules()))
+        for name, copied in self.weights.items():
+            if is_sharded(copied):
+                self.weights[name] = made[id(copied)]
+        if not on_parts:
+            self.is_parted = False
+            for module in self.module.modules():
+                vars(module)["_parameters"] = dict(vars(module)["_parameters"])
+            for name, parts in self.weights.items():
+                if isinstance(parts, Sharded):
+                    self.weights[name] = nn.Parameter(parts.formed(), parts.part.requires_grad)
+            self.use(self.weights)
 
     @torch.no_grad()
     def put(self, layers: Layers) -> None:
         """Give the copy the weights of ``layers``, zero off their masks."""
         for layer in layers:
-            self.weights[layer.name].copy_(layer.weight * layer.mask)
-            self.masks[layer.name] = layer.mask
+            copied, weight = self.weights[layer.name], layer.weight * layer.mask
+            if isinstance(copied, Sharded):
+                part = weight.part if isinstance(weight, Sharded) else copied.cut.part_of(weight)
+                copied.part.copy_(part)
+                self.masks[layer.name] = layer.mask
+            else:
+                copied.copy_(whole(weight))
+                self.masks[layer.name] = whole(layer.mask)
 
     def use(self, tensors: Mapping[str, Tensor]) -> None:
         """Compute with these tensors in the place of parameters; they may have a graph.
@@ -289,16 +320,44 @@ class Pass:
         batches: Sequence[Any],
         loss_fn: LossFunction | None = None,
     ) -> dict[str, Tensor]:
-        """Mean gradient of the loss over batches and ranks, dense, by parameter name."""
-        total = {name: torch.zeros_like(self.weights[name]) for name in names}
+        """Mean gradient of the loss over batches and ranks, dense, by parameter name.
+
+        That of a sharded weight is sharded too.
+        """
+        self._check_count(batches)
+        total = {name: torch.zeros_like(local(self.weights[name])) for name in names}
         for batch in self.progress(batches, "scoring"):
             found = torch.autograd.grad(
-                self.loss(batch, loss_fn), [self.weights[n] for n in names], allow_unused=True
+                self._part_of_loss(batch, loss_fn), self._leaves(names), allow_unused=True
             )
             for name, grad in zip(names, found, strict=True):
                 if grad is not None:
                     total[name] += grad.detach() / len(batches)
-        return {name: mean_over_ranks(grad) for name, grad in total.items()}
+        return {name: self._over_ranks(name, grad) for name, grad in total.items()}
+
+    def _leaves(self, names: Iterable[str]) -> list[Tensor]:
+        return [local(self.weights[name]) for name in names]
+
+    def _part_of_loss(self, batch: Any, loss_fn: LossFunction | None) -> Tensor:
+        """The loss of a batch; where weights are parts, what it adds to the mean over ranks."""
+        loss = self.loss(batch, loss_fn)
+        return loss / self._trainer.world_size if self.is_parted else loss
+
+    def _over_ranks(self, name: str, found: Tensor) -> Tensor:
+        """What all ranks have found together, from what :meth:`_part_of_loss` gave on each."""
+        copied = self.weights[name]
+        if isinstance(copied, Sharded):  # summed on its way to the parts
+            return copied.of(found)
+        return sum_over_ranks(found) if self.is_parted else mean_over_ranks(found)
+
+    def _check_count(self, batches: Sequence[Any]) -> None:
+        """Raise unless all ranks have as many batches, where they work together on each."""
+        counts = [count for found in gather_from_ranks(lambda: [len(batches)]) for count in found]
+        if self.is_parted and len(set(counts)) > 1:
+            raise MisconfigurationException(
+                f"there are {', '.join(map(str, counts))} batches for scoring on the processes, "
+                "which need as many each: every batch is computed by all of them together."
+            )
 
     def hessian_times(
         self,
@@ -314,14 +373,19 @@ class Pass:
             batches: From :meth:`batches`; one graph at a time is in memory.
             loss_fn: As for :meth:`loss`.
         """
-        weights = [self.weights[name] for name in vectors]
-        total = {name: torch.zeros_like(vector) for name, vector in vectors.items()}
+        self._check_count(batches)
+        weights = self._leaves(vectors)
+        along_here = [local(vector) for vector in vectors.values()]
+        total = {name: torch.zeros_like(local(vector)) for name, vector in vectors.items()}
         for batch in self.progress(batches, "scoring"):
             with sdpa_kernel(SDPBackend.MATH):  # the fused attentions cannot be derived twice
                 grads = torch.autograd.grad(
-                    self.loss(batch, loss_fn), weights, create_graph=True, allow_unused=True
+                    self._part_of_loss(batch, loss_fn),
+                    weights,
+                    create_graph=True,
+                    allow_unused=True,
                 )
-            pairs = zip(grads, vectors.values(), strict=True)
+            pairs = zip(grads, along_here, strict=True)
             along = torch.stack([(grad * v).sum() for grad, v in pairs if grad is not None]).sum()
             if not along.requires_grad:  # the loss is linear in the weights
                 continue
@@ -329,7 +393,7 @@ class Pass:
             for name, product in zip(vectors, products, strict=True):
                 if product is not None:
                     total[name] += product / len(batches)
-        return {name: mean_over_ranks(product) for name, product in total.items()}
+        return {name: self._over_ranks(name, product) for name, product in total.items()}
 
     def sensitivities(
         self,
@@ -375,8 +439,7 @@ class Pass:
         in_order = isinstance(loader.sampler, SequentialSampler)
         sampler: DistributedSampler[Any] = DistributedSampler(
             loader.dataset,
-            num_replicas=self._trainer.world_size,
-            rank=self._trainer.global_rank,
+            **(self._trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}),
             shuffle=getattr(loader.sampler, "shuffle", not in_order),
             seed=self._seed % 2**31,
         )

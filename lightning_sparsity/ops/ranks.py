@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_T = TypeVar("_T")
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
@@ -42,11 +45,11 @@ def concatenated(tensor: Tensor) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
 
 
-def gather_from_ranks(make: Callable[[], list[int]]) -> list[list[int]]:
+def gather_from_ranks(make: Callable[[], _T]) -> list[_T]:
     """What every process makes, first rank first; nothing is made if there is only one."""
     if not _are_several():
         return []
-    found: list[list[int]] = [[]] * dist.get_world_size()
+    found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, make())
     return found
 

@@ -63,7 +63,13 @@ class Split:
     def is_owner(self) -> bool:
         """Whether this process is the first of those that have the same part."""
         places = zip(self.placements, self.mesh.get_coordinate(), strict=True)
-        return all(place == 0 for placement, place in places if placement.is_replicate())
+        first = all(place == 0 for placement, place in places if placement.is_replicate())
+        return first and self._is_first_copy
+
+    @cached_property
+    def _is_first_copy(self) -> bool:
+        """Whether the first process is in the mesh: others have copies of all that it holds."""
+        return bool((self.mesh.mesh == 0).any())
 
     @torch.no_grad()
     def part_of(self, whole: Tensor) -> Tensor:

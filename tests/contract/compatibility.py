@@ -45,8 +45,15 @@ TABLES: dict[str, dict[str, str]] = {
         "compile": "torch.compile",
         "ema": "EMA",
         "swa": "SWA",
+        "adapters": "adapters",
+    },
+    "Searches and limits": {
         "lr": "LR finder",
+        "batch": "batch-size finder",
+        "limit": "limit_train_batches",
+        "overfit": "overfit_batches",
         "stopping": "early stopping",
+        "time": "max_time",
     },
     "Structures and storage": {
         "rows": "rows",
@@ -60,21 +67,38 @@ INTRODUCTION = """\
 # Compatibility
 
 What the tests show of every method, and nothing else: this page is made from their results.
-✓ is tested; "refused" is tested to be refused, with an error that says what to do; – has no
-test here, which says neither that it works nor that it does not; n/a is not applicable, as the
-method has no such argument.
+✓ is tested; "refused" is tested to be refused, with an error that says what to do; "dense" is
+tested to leave the weights in dense storage, and to say why; – has no test here, which says neither
+that it works nor that it does not; n/a is not applicable, as the method has no such argument.
 
 All tests run on the CPU, with a small network of a convolution and two linear layers. 16-mixed is
 mixed precision with a gradient scaler, one of whose steps is skipped. Clipping, accumulation,
 precisions and five optimizers are combined in pairs, for some methods in full. Resuming gives the
 bits of the training that was not interrupted. Manual optimization has two optimizers. EMA is
 `EMAWeightAveraging` and SWA `StochasticWeightAveraging` of Lightning; torch.compile is that of an
-inner network. Where early stopping comes before the density is reached, the method says so; that no
-weight lives off the masks is tested all the same. "RigL, compressed" is `RigL` with
-`SparseCompute("csr")`. `Powerpropagation` makes no masks of its own and is not listed.
+inner network. Adapters are pairs of small linear layers that `exclude=` leaves dense: around
+sparse layers, around layers that are frozen with the masks they have, and added between two calls
+of `fit`, where no method is with phases that fill the training.
+
+The training after a batch-size finder has the bits of one that began with that size, if the
+model draws no random numbers; limited batches give those of a data set of that length. Up to where
+early stopping or `max_time` ends a training, its masks are those of one that goes on, and if
+`max_time` ended it in mid-epoch, resuming gives the bits of that one. Where the density was not
+reached, the method says so. Without `max_epochs` and `max_steps` windows must be in steps;
+fractions of a training without an end are refused.
+
+"RigL, compressed" is `RigL` with `SparseCompute("csr")`. Weights whose masks are learned are
+compressed when these are final, so their methods are tested with an `update_end`; until then they
+are dense. `Powerpropagation` makes no masks of its own and is not listed.
 """
-Verdict = Literal["tested", "refused"]
-SIGNS = {"tested": "✓", "refused": "refused", None: "–", "not applicable": "n/a"}
+Verdict = Literal["tested", "refused", "dense"]
+SIGNS = {
+    "tested": "✓",
+    "refused": "refused",
+    "dense": "dense",
+    None: "–",
+    "not applicable": "n/a",
+}
 
 
 @dataclass(frozen=True)
@@ -146,7 +170,6 @@ SHOWS: dict[str, Callable[[Parameters], list[str]]] = {
         _STEPPING[given["way"]]
     ],
     "test_compatibility.py::test_bf16_true": _always("bf16-true"),
-    "test_compatibility.py::test_early_stopping": _always("stopping"),
     "test_compatibility.py::test_a_scaler": _always("16-mixed"),
     "test_compatibility.py::test_manual_optimization_of_two_optimizers": _always(
         "manual", "several"
@@ -157,7 +180,19 @@ SHOWS: dict[str, Callable[[Parameters], list[str]]] = {
     "test_compatibility.py::test_learning_rate_finder": _always("lr"),
     "test_compatibility.py::test_structures_that_are_refused": _structure,
     "test_compatibility.py::test_structures": _structure,
+    "test_compatibility.py::test_structures_before_the_dense_end": _structure,
     "test_compatibility.py::test_two_processes_agree": _always("ddp"),
+    "test_loops.py::test_batch_size_finder": _always("batch"),
+    "test_loops.py::test_part_of_the_data_is_less_data": lambda given: [
+        {"limit_train_batches": "limit", "overfit_batches": "overfit"}[given["argument"]]
+    ],
+    "test_loops.py::test_limited_batches_resume": _always("limit"),
+    "test_loops.py::test_early_stopping": _always("stopping"),
+    "test_loops.py::test_a_training_that_ran_out_of_time_is_resumed": _always("time"),
+    "test_loops.py::test_adapters_stay_dense": _always("adapters"),
+    "test_loops.py::test_adapters_around_layers_that_are_sparse_already": _always("adapters"),
+    "test_loops.py::test_adapters_added_after_a_first_fit": _always("adapters"),
+    "test_loops.py::test_learned_masks_are_compressed_when_they_are_final": _always("csr"),
     "test_ddp.py::test_masks_agree_on_two_ranks": _always("ddp"),
     "test_sparse_compute.py::test_structures_are_those_of_dense_storage": _structure,
     "test_sparse_compute_ddp.py::test_two_ranks_train_as_with_dense_storage": _always("ddp"),
@@ -167,6 +202,13 @@ PLACES = sorted(
     for name in {key.partition("::")[0] for key in SHOWS}
     for path in ROOT.glob(f"tests/*/{name}")
 )
+
+
+def verdict(where: str, name: str, storage: str, feature: str) -> Verdict:
+    """What a test shows that passes."""
+    if storage == "csr" and feature == "bf16-true":
+        return "dense"
+    return "refused" if is_refused(where, name, storage, feature) else "tested"
 
 
 def is_refused(where: str, name: str, storage: str, feature: str) -> bool:
@@ -211,10 +253,7 @@ def claims(where: str, given: Parameters) -> list[Claim]:
     else:  # of one method all of it is tested compressed; of the others that they can be resumed
         rows = [("RigL, compressed", feature) for feature in features if name == "RigL"]
         rows += [(name, "csr")] if name != "RigL" or "epoch" in features else []
-    return [
-        Claim(row, of, "refused" if is_refused(where, name, storage, of) else "tested")
-        for row, of in rows
-    ]
+    return [Claim(row, of, verdict(where, name, storage, of)) for row, of in rows]
 
 
 def claims_of(item: pytest.Item) -> list[Claim]:
@@ -242,7 +281,7 @@ def page(found: Iterable[tuple[Sequence[Claim], bool]]) -> str:
             if not passed:
                 failed.add((claim.method, claim.feature))
     if mixed := [cell for cell, verdicts in cells.items() if len(verdicts) > 1]:
-        raise ValueError(f"these are tested and refused: {mixed}")
+        raise ValueError(f"tests say both of two things about {mixed}")
     rows = sorted(public_methods() - {"Powerpropagation"}, key=str.lower)
     rows.insert(rows.index("RigL") + 1, "RigL, compressed")
     parts = [INTRODUCTION]

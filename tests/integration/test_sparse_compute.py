@@ -40,11 +40,11 @@ from lightning_sparsity import (
 )
 from lightning_sparsity.core import storage as storage_module
 from lightning_sparsity.core.keeper import MaskKeeper
-from lightning_sparsity.ops.live import Formed
 from lightning_sparsity.core.masks import Masks
 from lightning_sparsity.core.storage import Storage
 from lightning_sparsity.ops import compressed as ops_module
 from lightning_sparsity.ops import native
+from lightning_sparsity.ops.live import Formed
 from lightning_sparsity.reports import storage_table
 from lightning_sparsity.testing import (
     Batch,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
@@ -191,6 +192,24 @@ class LotteryTicket(MaskCallback):
             put_back(self._snapshot, trainer, pl_module, weights=rewinds)
         for optimizer in trainer.optimizers:
             keeper.masks.enforce(keeper.masks, optimizer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say that training was stopped before the last pruning, as by EarlyStopping."""
+        keeper = MaskKeeper.of(trainer)
+        dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        if dev_run or keeper is None or keeper.masks is None:
+            return
+        mine = [run for run in keeper.runs if id(run.method) == id(self) and run.owner.optimizer]
+        # a round of few steps may end without one, and the next prunes for both
+        pruned = max(self._begun, min((run.updates for run in mine), default=self.rounds))
+        if pruned < self.rounds:
+            kept = [keeper.masks[name] for run in mine for name in run.names]
+            density = sum(one.live for one in kept) / sum(one.numel for one in kept)
+            rank_zero_warn(
+                f"LotteryTicket: training was stopped after {pruned} of {self.rounds} prunings; "
+                f"the density is {density:.4g}, not {self.density or 'the final one'}. Let what "
+                "stops it (EarlyStopping, max_time) begin later."
+            )
 
     # -------------------------------------------------------------------------- state
 

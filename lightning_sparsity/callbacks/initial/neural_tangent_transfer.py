@@ -45,7 +45,7 @@ class NeuralTangentTransfer(ScoredStart):
     keeps the student's weights of largest magnitude; in the last interval the mask stays. The
     student starts as the teacher, and training starts from the student: its masks, its weights
     and the biases of the same layers. All other parameters are part of the kernel and stay as
-    they are.
+    they are, and so do frozen ones, which are masked by magnitude.
 
     Constants are those of the authors' demonstration on MNIST, but for fewer steps (theirs are
     20 epochs). Their kernel of the student counts pruned weights too; here it is that of
@@ -154,7 +154,9 @@ class NeuralTangentTransfer(ScoredStart):
         self._budget.check_found(layers, share)
         if self._budget.first(layers, share) == [layer.live for layer in layers]:
             return layers  # nothing to prune, and nothing to imitate
-        with view.open(layers, mode="eval", dtype=self.dtype, seed=self.seed) as opened:
+        with view.open(
+            layers, mode="eval", dtype=self.dtype, seed=self.seed, on_parts=False
+        ) as opened:
             student = self._train(opened, layers, share)
         chosen = [
             dataclasses.replace(old, slots={**old.slots, _CHOSEN: new.mask.to(old.weight)})
@@ -187,9 +189,11 @@ class NeuralTangentTransfer(ScoredStart):
         moving = [name for name in _stepped(layers) if name in opened.trained]
         leaves = [teacher[name].clone().requires_grad_() for name in moving]
         student = {**teacher, **dict(zip(moving, leaves, strict=True))}
-        adam = torch.optim.Adam(leaves, self.lr)
         layers = [dataclasses.replace(x, weight=student[x.name].detach()) for x in layers]
         now = self._refreshed(layers, share)
+        if not leaves:  # all are frozen: the student is the teacher
+            return [_ended(layer, student) for layer in now]
+        adam = torch.optim.Adam(leaves, self.lr)
         batches = self._samples(opened)
         for step in opened.progress(range(self.steps), self._name):
             if step and step % self.mask_interval == 0 and step + self.mask_interval <= self.steps:

@@ -65,6 +65,8 @@ class ProsPr(ScoredStart):
         Trainer(callbacks=[ProsPr(density=0.05)])
     """
 
+    by_gradients = False  # it takes steps of training
+
     def __init__(
         self,
         density: float | None = None,
