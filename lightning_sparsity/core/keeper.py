@@ -366,7 +366,14 @@ def _refuse_shards(
 ) -> None:
     """Refuse methods that cannot work on weights which lie in parts on several processes."""
     sharded = {kept.name for kept in parameters if kept.is_sharded}
+    across = {kept.name for kept in parameters if kept.has_parts_of_activations}
     for a in assignments:
+        if a.method.statistics and (there := across & set(a.names)):
+            raise MisconfigurationException(
+                f"{a.key} looks at activations, and under tensor parallelism every process has "
+                f"some of the units of {min(there)}. Use FSDP2 alone, "
+                'Trainer(strategy="ddp"), or leave the layer out with exclude=.'
+            )
         mine = sharded & set(a.names)
         if mine and isinstance(a.method, LearnedMethod):
             raise MisconfigurationException(

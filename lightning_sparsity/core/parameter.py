@@ -94,6 +94,11 @@ class SparseParameter:
         return self._split is not None
 
     @property
+    def has_parts_of_activations(self) -> bool:
+        """Whether the layer computes some of its units here, as under tensor parallelism."""
+        return self._split is not None and self._split.is_tensor_parallel
+
+    @property
     def view(self) -> Tensor:
         """The weight as rules see it: the parameter itself, detached, if it is dense."""
         if self.compressed is not None:

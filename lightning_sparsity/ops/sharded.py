@@ -60,6 +60,12 @@ class Split:
         return math.prod(self.shape)
 
     @property
+    def is_tensor_parallel(self) -> bool:
+        """Whether processes compute with their parts, by the name that Lightning gives the mesh."""
+        names = self.mesh.mesh_dim_names or ()
+        return "tensor_parallel" in names and self.mesh.size(names.index("tensor_parallel")) > 1
+
+    @property
     def is_owner(self) -> bool:
         """Whether this process is the first of those that have the same part."""
         places = zip(self.placements, self.mesh.get_coordinate(), strict=True)

@@ -41,11 +41,15 @@ TABLES: dict[str, dict[str, str]] = {
     "Training": {
         "epoch": "resume at the end of an epoch",
         "middle": "resume in mid-epoch",
-        "ddp": "DDP, 2 processes",
         "compile": "torch.compile",
         "ema": "EMA",
         "swa": "SWA",
         "adapters": "adapters",
+    },
+    "Two processes": {
+        "ddp": "DDP",
+        "fsdp": "FSDP2",
+        "tp": "tensor parallelism",
     },
     "Searches and limits": {
         "lr": "LR finder",
@@ -79,6 +83,9 @@ bits of the training that was not interrupted. Manual optimization has two optim
 inner network. Adapters are pairs of small linear layers that `exclude=` leaves dense: around
 sparse layers, around layers that are frozen with the masks they have, and added between two calls
 of `fit`, where no method is with phases that fill the training.
+
+Under DDP the masks of both processes are equal after every batch, and the weights; with weights in
+parts, under FSDP2 and tensor parallelism, they are those of one process.
 
 The training after a batch-size finder has the bits of one that began with that size, if the
 model draws no random numbers; limited batches give those of a data set of that length. Up to where
@@ -193,6 +200,8 @@ SHOWS: dict[str, Callable[[Parameters], list[str]]] = {
     "test_loops.py::test_adapters_around_layers_that_are_sparse_already": _always("adapters"),
     "test_loops.py::test_adapters_added_after_a_first_fit": _always("adapters"),
     "test_loops.py::test_learned_masks_are_compressed_when_they_are_final": _always("csr"),
+    "test_sharded_methods.py::test_parts_train_as_the_whole": lambda given: [given["cut"]],
+    "test_sharded_methods.py::test_compressed_storage_is_refused": lambda given: [given["cut"]],
     "test_ddp.py::test_masks_agree_on_two_ranks": _always("ddp"),
     "test_sparse_compute.py::test_structures_are_those_of_dense_storage": _structure,
     "test_sparse_compute_ddp.py::test_two_ranks_train_as_with_dense_storage": _always("ddp"),
@@ -215,6 +224,10 @@ def is_refused(where: str, name: str, storage: str, feature: str) -> bool:
     """Whether a test shows that something is refused; the same conditions as in the tests."""
     if "test_scenarios" in where and storage == "csr":
         return feature in ("ema", "swa", "compile")
+    if feature in ("fsdp", "tp"):
+        method = EVERY[name]()
+        looks = feature == "tp" and bool(method.statistics)
+        return storage == "csr" or looks or isinstance(method, lightning_sparsity.LearnedMask)
     if feature == "compile":
         return name in METHODS and bool(METHODS[name]().statistics)
     if feature in ("manual", "several"):
