@@ -9,6 +9,7 @@ parallelism) or "one" (a mesh of one process).
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -276,9 +277,33 @@ def two(folder: Path) -> dict[str, Any]:
     found["resumed"] = outcome(resumed)
     saver = ModelCheckpoint(folder, filename="folder", enable_version_counter=False)
     train_even([*METHODS["RigL, ERK"](), StopAfterTwo(), saver], (2, 1), enable_checkpointing=True)
+    for damage in ("flipped", "cut", "meta", "metadata"):
+        found[damage] = refusal(damaged(folder, damage))
     for cuts in ((2, 1), (1, 2)):
         found[f"resumed from parts {cuts}"] = outcome(resume_even(folder, cuts))
     return found
+
+
+def damaged(folder: Path, damage: str) -> Path:
+    """A copy of the folder of parts, in which one file is not as it was."""
+    copy = folder / f"{damage}.ckpt"
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        shutil.copytree(folder / "folder.ckpt", copy)
+        names = {"meta": "meta.pt", "metadata": ".metadata"}
+        file = copy / names.get(damage, "__1_0.distcp")
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 4
+        file.write_bytes(content[: len(content) // (1 if damage in ("flipped", "meta") else 2)])
+    torch.distributed.barrier()
+    return copy
+
+
+def refusal(path: Path) -> str:
+    try:
+        train_even(METHODS["RigL, ERK"](), (2, 1), ckpt_path=str(path))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
 
 
 def four(folder: Path) -> dict[str, Any]:

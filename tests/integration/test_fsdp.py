@@ -144,6 +144,13 @@ def test_a_folder_of_parts_resumes_however_it_is_cut(cuts: tuple[int, int], fold
             torch.testing.assert_close(resumed["weights"][key], weight, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("damage", ["flipped", "cut", "meta", "metadata"])
+def test_a_damaged_folder_is_refused_by_all(damage: str, ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank[damage].startswith("RuntimeError: ")
+        assert f"{damage}.ckpt is damaged: " in rank[damage]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
