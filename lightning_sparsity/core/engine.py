@@ -472,7 +472,10 @@ class Engine:
             self.masks[name].slots.update(slots)
         for run in self.runs:
             if run.owner is owner and self._is_due(run) and not self._waits_for_start(run):
-                self._update(run)
+                if self._waits_for_another(run):
+                    run.pending = True
+                else:
+                    self._update(run)
             if run in active:
                 self._forget_slots(run)
         self._take_over(owner)
@@ -502,6 +505,13 @@ class Engine:
         """Whether a method that learns masks has not begun: it begins after all updates."""
         return run.key in self._learners and run.share is None
 
+    def _waits_for_another(self, run: Run) -> bool:
+        """Whether a method has yet to begin, and one before it owes its last update."""
+        before = self.runs[: self.runs.index(run)]
+        return run.share is None and any(
+            earlier.pending and set(earlier.names) & set(run.names) for earlier in before
+        )
+
     def _take_over(self, owner: Owner) -> None:
         """Begin the methods that learn masks, and whose time has come."""
         waiting = [
@@ -511,6 +521,7 @@ class Engine:
             and self._waits_for_start(run)
             and not run.is_over
             and not self._is_early(run)
+            and not self._waits_for_another(run)
         ]
         for run in waiting:
             if self.storage is not None:  # what learns its mask lives off it

@@ -315,3 +315,31 @@ def test_sharded_strategies_are_refused() -> None:
 
     with pytest.raises(MisconfigurationException, match='FSDPStrategy.*strategy="ddp"'):
         _refuse(Fake())  # type: ignore[arg-type]
+
+
+class SickForAWhile(Sick):
+    """NaN gradients in the steps 7 to 13."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        return loss * math.nan if 6 <= self.trainer.global_step < 13 else loss
+
+
+@pytest.mark.filterwarnings("ignore:GMP. .*waits for the next step")
+@pytest.mark.filterwarnings("ignore:.*The update waits for the next step")
+def test_the_next_method_waits_for_the_last_update_of_the_one_before() -> None:
+    saliency_of = lambda layer: layer.grad.abs()  # noqa: E731
+    result = fit(
+        [
+            GMP(0.3, score=saliency_of, update_interval=2, update_end=8),
+            SET(update_interval=2, update_start=8),
+        ],
+        SickForAWhile,
+    )
+    live = [sum(counts.values()) for _, counts in result.history]
+    assert live[5] == live[12] > round(0.3 * NUMEL), "nothing is done without finite gradients"
+    assert live[13] == round(0.3 * NUMEL), "GMP ends, and SET only then begins"
+    assert set(live[13:]) == {round(0.3 * NUMEL)}
+    masks = [digest for digest, _ in result.history]
+    assert len(set(masks[6:13])) == 1, "SET, due at steps 10 and 12, waits for GMP"
+    assert len(set(masks[13:])) > 1, "SET is at work"
