@@ -183,8 +183,7 @@ class MaskCallback(SparsityCallback):
     @property
     def on_parts(self) -> bool:
         """Whether sharded layers need not be gathered for updates: verbs that say so do all."""
-        parts = [p for p in (self.rule, self.observe) if p is not None]
-        return self._leaves_work("update") and all(map(works_on_parts, parts))
+        return self._leaves_work("update") and works_on_parts(self.rule)
 
     @property
     def begins_on_parts(self) -> bool:

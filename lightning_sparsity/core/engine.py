@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_sparsity.core import state
 from lightning_sparsity.core.capture import Capture
-from lightning_sparsity.core.layer import Layer, Layers, density_of
+from lightning_sparsity.core.layer import Layer, Layers, density_of, works_on_parts
 from lightning_sparsity.core.learner import LearnedMethod, Learner
 from lightning_sparsity.core.masks import Masks, optimizer_state
 from lightning_sparsity.core.method import Share
@@ -564,7 +564,7 @@ class Engine:
                 owner.kept = self._dense(owner.parameters)
                 for layer in self._layers(run):
                     if layer.grad is not None and run.method.observe is not None:
-                        if not run.method.on_parts:
+                        if not works_on_parts(run.method.observe):
                             layer = layer.gathered()
                         if isinstance(layer.grad, Formed) and not isinstance(layer.grad, Sharded):
                             # once, however often it is read

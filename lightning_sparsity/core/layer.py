@@ -107,6 +107,8 @@ class Layer:
 
         Masks and slots are gathered at once, weight and gradient when somebody computes with them.
         """
+        if not any(isinstance(tensor, Sharded) for tensor in (self.weight, self.mask)):
+            return self
         slots = {key: _gathered(slot) for key, slot in self.slots.items()}
         return dataclasses.replace(
             self,

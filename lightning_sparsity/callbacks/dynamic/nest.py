@@ -15,7 +15,7 @@ from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.window import Interval
 from lightning_sparsity.distributions import fixes_total, uniform
 from lightning_sparsity.rules import chain, drop, forget, grow
-from lightning_sparsity.scores import magnitude, random, without_gradient
+from lightning_sparsity.scores import entrywise, magnitude, random, without_gradient
 from lightning_sparsity.structures import NM, Structure
 
 
@@ -168,6 +168,7 @@ class _Hill(Curve):
         return self.end + (self.peak - self.end) * (1 - progress) / (1 - self.at)
 
 
+@entrywise
 def average_gradient(layer: Layer) -> Mapping[str, Tensor]:
     """The mean of the dense gradients since the latest update, and how many there were."""
     assert layer.grad is not None
