@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sparsity.core import state
+from lightning_sparsity.core import oddities, state
 from lightning_sparsity.core.capture import Capture
 from lightning_sparsity.core.layer import Layer, Layers, density_of, works_on_parts
 from lightning_sparsity.core.learner import LearnedMethod, Learner
@@ -691,63 +691,30 @@ class Engine:
     def warn_of_dead_layers(self) -> None:
         """Say which layers the end of training leaves without a live weight."""
         for run in self.runs:
-            self._warn_of_dead_layers(run, at_the_end=True)
+            self._say(oddities.dead_layers(run, self.masks, ()))
 
-    def _warn_of_dead_layers(self, run: Run, at_the_end: bool = False) -> None:
-        """Say which layers of a method have no live weight left."""
+    def _warn_of_dead_layers(self, run: Run) -> None:
+        """Say which layers of a method have no live weight left, in training too."""
         learner = self._learners.get(run.key)
-        # more may live in training than in validation
-        hidden = learner.active if learner is not None and learner.method.evaluates_apart else {}
-        for name in run.names:
-            kept = self.masks[name]
-            if name in hidden and not at_the_end:
-                continue
-            if kept.numel and not kept.live:
-                self._warn(
-                    f"{name} is dead",
-                    f"{run.key}: {name} has no live weight left. Nothing passes through the layer "
-                    "any more, and what has no way around it stops training. Raise the density, "
-                    "choose a distribution that leaves every layer some weights, or leave the "
-                    "layer out with exclude=.",
-                )
+        apart = learner is not None and learner.method.evaluates_apart
+        hidden = learner.active if learner is not None and apart else ()
+        self._say(oddities.dead_layers(run, self.masks, hidden))
 
     def warn_of_idle_methods(self) -> None:
         """Say which methods will make no update, or a single one where many are meant."""
         for run in self.runs:
-            steps = run.steps
-            if steps is not None and run.idle(self.total, self.epochs):
-                self._warn(
-                    f"{run.key} is idle",
-                    f"{run.key} makes no update: training has {self.total:g} optimizer steps, "
-                    f"{run.owner.steps} of them behind it, and the window is steps {steps.start} "
-                    f"to {steps.end}, every {steps.every}. Move the window, or update more often.",
-                )
-            elif steps is not None and run.owner.optimizer is None:
-                self._warn(
-                    f"{run.key} is not stepped",
-                    f"{run.key} makes no update of {', '.join(run.names)}, which no optimizer "
-                    "steps. Leave frozen weights out with exclude=, give them to an optimizer, or "
-                    "take StaticSparse or another initial method for them.",
-                )
-            elif steps is not None and run.method.ramps and steps.jumps:
-                self._warn(
-                    f"{run.key} jumps",
-                    f"{run.key} goes to its density in a single update, at step {steps.end}: the "
-                    f"window is steps {steps.start} to {steps.end}, every {steps.every}. Lower "
-                    "update_interval for a gradual change.",
-                )
+            self._say(oddities.idle_method(run, self.total, self.epochs))
 
     def warn_of_unfinished_ramps(self) -> None:
         """Say which densities did not arrive."""
         for run in self.runs:
-            if run.unfinished and run.steps is not None:
-                density = density_of(self._layers(run))
-                self._warn(
-                    f"{run.key} is unfinished",
-                    f"{run.key}: training ended at step {run.owner.steps}, before update_end "
-                    f"(step {run.steps.end}); the density is {density:.4g}, not "
-                    f"{run.method.density or 'the final one'}.",
-                )
+            layers = self._layers(run)
+            live, size = sum(n.live for n in layers), sum(n.size for n in layers)
+            self._say(oddities.unfinished_ramp(run, live, size))
+
+    def _say(self, found: Iterable[oddities.Oddity]) -> None:
+        for about, message in found:
+            self._warn(about, message)
 
     # --------------------------------------------------------------------------- state
 

@@ -55,11 +55,6 @@ class Split:
         return cls(cut.device_mesh, tuple(cut.placements), tuple(tensor.shape))
 
     @property
-    def numel(self) -> int:
-        """Number of entries of the whole tensor."""
-        return math.prod(self.shape)
-
-    @property
     def is_tensor_parallel(self) -> bool:
         """Whether processes compute with their parts, by the name that Lightning gives the mesh."""
         names = self.mesh.mesh_dim_names or ()
