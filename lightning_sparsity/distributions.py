@@ -404,7 +404,7 @@ def lamp_score(layer: Layer) -> Tensor:
     squares = (layer.weight.double() * layer.mask).square().reshape(-1)
     ranked, order = squares.sort(descending=True, stable=True)
     scores = ranked / ranked.cumsum(0).clamp_min(torch.finfo(torch.float64).tiny)
-    return torch.empty_like(squares).scatter_(0, order, scores).reshape(layer.shape)
+    return torch.empty_like(ranked).scatter_(0, order, scores).reshape(layer.shape)
 
 
 @without_gradient

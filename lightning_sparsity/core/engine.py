@@ -20,7 +20,7 @@ from lightning_sparsity.core import oddities, state
 from lightning_sparsity.core.capture import Capture
 from lightning_sparsity.core.layer import Layer, Layers, density_of, works_on_parts
 from lightning_sparsity.core.learner import LearnedMethod, Learner
-from lightning_sparsity.core.masks import Masks, optimizer_state
+from lightning_sparsity.core.masks import Masks, hashes, optimizer_state
 from lightning_sparsity.core.method import Share
 from lightning_sparsity.core.parameter import SparseParameter
 from lightning_sparsity.core.plan import (
@@ -258,8 +258,8 @@ class Engine:
             if a.method.role != "reparametrization":
                 made |= dict.fromkeys(a.names, (a.key, left))
         latent = self._to_be_latent([run for run, _ in shares])
+        self._agree("at the start", list(layers.values()))
         self.masks.commit(list(layers.values()), self._optimizers(), latent)
-        self._agree("at the start", list(layers))
         for run, share in shares:
             run.share = share
             self._warn_of_dead_layers(run)
@@ -643,8 +643,10 @@ class Engine:
                 f"{run.key}: {error} The update waits for the next step with finite scores.",
             )
             return
+        self._agree(
+            f"after the update of {run.key} at step {run.owner.steps}", list(layers.values())
+        )
         self.masks.commit(list(layers.values()), self._optimizers())
-        self._agree(f"after the update of {run.key} at step {run.owner.steps}", run.names)
         run.share = share
         run.pending = False
         run.last_epoch = self._epoch
@@ -652,19 +654,19 @@ class Engine:
         run.released = learner is not None and learner.method.is_done(self._layers(run), share)
         self._warn_of_dead_layers(run)
 
-    def _agree(self, when: str, names: Sequence[str]) -> None:
-        """Raise unless every process has the same masks.
+    def _agree(self, when: str, layers: Layers) -> None:
+        """Raise unless every process has made the same masks, before they are committed.
 
         Raises:
             RuntimeError: Naming the parameter and the processes.
         """
-        found = gather_from_ranks(lambda: self.masks.hashes(names))
-        for rank, hashes in enumerate(found):
-            for name, mine, first in zip(names, hashes, found[0], strict=True):
-                if mine != first:
+        found = gather_from_ranks(lambda: hashes(layers))
+        for rank, others in enumerate(found):
+            for layer, theirs, first in zip(layers, others, found[0], strict=True):
+                if theirs != first:
                     raise RuntimeError(
-                        f"{name}: {when} the mask of rank {rank} is not that of rank 0. Masks "
-                        "follow from weights, gradients and seeds, so one of these differs "
+                        f"{layer.name}: {when} the mask of rank {rank} is not that of rank 0. "
+                        "Masks follow from weights, gradients and seeds, so one of these differs "
                         "between the processes: look for code that runs on one rank only and "
                         "changes weights or gradients, and for a seed= of its own on each rank."
                     )

@@ -78,9 +78,12 @@ def _first_damage(path: Path, rank: int, world: int) -> str | None:
     except Exception as error:  # it is a pickle
         return f".metadata cannot be read ({error})"
     for entry in sorted(entries, key=lambda e: (e.relative_path, e.offset))[rank::world]:
-        with (path / entry.relative_path).open("rb") as file:
-            file.seek(entry.offset)
-            damage = _damage(BytesIO(file.read(entry.length)))
+        try:
+            with (path / entry.relative_path).open("rb") as file:
+                file.seek(entry.offset)
+                damage = _damage(BytesIO(file.read(entry.length)))
+        except OSError as error:
+            damage = f"it cannot be opened ({error})"
         if damage:
             return f"{entry.relative_path}: {damage}"
     meta = path / "meta.pt"

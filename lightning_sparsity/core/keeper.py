@@ -25,7 +25,7 @@ from lightning_sparsity.core.parameter import SparseParameter
 from lightning_sparsity.core.plan import Assignment, assign
 from lightning_sparsity.core.randomness import default_seed, set_rng_state
 from lightning_sparsity.core.run import Run
-from lightning_sparsity.core.shards import local
+from lightning_sparsity.core.shards import local, reshard
 from lightning_sparsity.core.state import mask_weights
 from lightning_sparsity.core.storage import IGNORED_BY_DDP, Storage, StoragePolicy
 from lightning_sparsity.core.view import ModelView
@@ -112,6 +112,7 @@ class MaskKeeper(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the masks, or make them, and set the weights to zero off them."""
         engine = self._running
+        reshard(pl_module)  # the sanity check was a pass
         dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         engine.open_windows(
             trainer.estimated_stepping_batches, trainer.max_epochs or -1, strict=not dev_run
@@ -163,7 +164,9 @@ class MaskKeeper(Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Hand everything back."""
+        """Hand everything back; what lies in parts is lost, as other processes may be elsewhere."""
+        if self._engine is not None and any(p.is_sharded for p in self._engine.masks):
+            self._engine.has_begun, self._restored = False, {}
         self._release()
         Checked.remove(trainer)
 
@@ -248,7 +251,9 @@ class MaskKeeper(Callback):
                     weights[name].copy_(latent)
 
     def _enforce_weights(self) -> None:
-        if self._engine is not None:
+        model = self._model()
+        if self._engine is not None and model is not None:
+            reshard(model)
             self._engine.enforce_weights()
 
     # -------------------------------------------------------------------------- state

@@ -37,6 +37,17 @@ class LazyWeights(dict[str, Any]):
         value = super().__getitem__(key)
         if key not in self._splits or value is None:
             return value
+        return self._whole(key, value)
+
+    def items(self) -> Any:
+        """Names and parameters, whole: a loss may add up all of them."""
+        return [(key, self[key]) for key in self]
+
+    def values(self) -> Any:
+        """The parameters, whole."""
+        return [self[key] for key in self]
+
+    def _whole(self, key: str, value: Tensor) -> Tensor:
         whole: Tensor = _Gather.apply(value, self._splits[key])  # type: ignore[no-untyped-call]
         whole.regather = partial(self._splits[key].gather, value.detach())  # type: ignore[attr-defined]
         return whole

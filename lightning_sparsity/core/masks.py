@@ -15,6 +15,7 @@ from lightning_sparsity.core.parameter import SparseParameter
 from lightning_sparsity.core.shards import local, part_of, whole
 from lightning_sparsity.ops.fingerprint import fingerprint
 from lightning_sparsity.ops.masked import apply_gate
+from lightning_sparsity.ops.sharded import Sharded
 
 
 class Masks:
@@ -133,14 +134,6 @@ class Masks:
             [p.gate for p in sparse],
         )
 
-    def hashes(self, names: Iterable[str]) -> list[int]:
-        """A 64-bit hash of each mask, made in one cheap pass; equal masks have equal ones.
-
-        Of a sharded mask, of which every process has another part, the number of live weights.
-        """
-        kept = [self[name] for name in names]
-        return [p.live if p.is_sharded else fingerprint(p.mask) for p in kept]
-
     def digest(self) -> str:
         """A short hash of all masks, equal exactly when the masks are."""
         total = hashlib.blake2b(digest_size=8)
@@ -148,6 +141,18 @@ class Masks:
             total.update(parameter.name.encode())
             total.update(whole(parameter.mask).cpu().numpy().tobytes())
         return total.hexdigest()
+
+
+def hashes(layers: Layers) -> list[int]:
+    """A 64-bit hash of the mask of each layer, made in one cheap pass; equal masks have equal ones.
+
+    Of a mask in parts, which no process has, it is the number of live units.
+    """
+    parted = (isinstance(layer.mask, Sharded) for layer in layers)
+    return [
+        layer.live if in_parts else fingerprint(layer.mask)
+        for layer, in_parts in zip(layers, parted, strict=True)
+    ]
 
 
 def _move(

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_sparsity.ops.live import Formed
 from lightning_sparsity.ops.ranks import sum_over_ranks
@@ -42,9 +43,40 @@ def whole(tensor: Tensor) -> Tensor:
     return everything
 
 
+def reshard(module: nn.Module) -> None:
+    """Let FSDP2 free whole weights that a pass without a derivative has left behind.
+
+    It would go on with them, whatever is written to the parts: call it before something is.
+    """
+    for inner in module.modules():
+        if isinstance(inner, FSDPModule):
+            inner.reshard()
+
+
 def sharded(tensor: Tensor) -> Sharded:
     """A ``DTensor`` as rules see it; they never write it."""
     return Sharded(local(tensor), Split.of(tensor))
+
+
+def distributed(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, the same on every process, as a ``DTensor``.
+
+    Args:
+        tensor: Of any device.
+        like: A ``DTensor`` of the same shape: says how it is cut, and where it lies.
+    """
+    from torch.distributed.tensor import DTensor
+
+    cut = Split.of(like)
+    made: Tensor = DTensor.from_local(
+        cut.part_of(tensor.to(like.device)),
+        cut.mesh,
+        cut.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+    return made
 
 
 def over_parts(tensor: Tensor, counts: Tensor) -> Tensor:

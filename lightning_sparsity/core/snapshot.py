@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor
+
+from lightning_sparsity.core.shards import distributed, is_sharded, reshard, whole
 
 
 def take(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
@@ -43,11 +45,14 @@ def put_back(
             schedules than those of the snapshot are left alone.
     """
     if weights:
-        module.load_state_dict(snapshot["module"])
+        reshard(module)
+        now = module.state_dict(keep_vars=True)
+        module.load_state_dict({key: _cut(t, now[key]) for key, t in snapshot["module"].items()})
     if optimizers:
         for optimizer, state in zip(trainer.optimizers, snapshot["optimizers"], strict=True):
             newer = [dict(group) for group in optimizer.param_groups]
-            optimizer.load_state_dict(copied(state))
+            stepped = [p for group in optimizer.param_groups for p in group["params"]]
+            optimizer.load_state_dict(_cut_state(copied(state), stepped))
             for group, options in zip(optimizer.param_groups, newer, strict=True):
                 for name in options.keys() - group.keys():  # such as those of a later schedule
                     group[name] = options[name]
@@ -58,10 +63,26 @@ def put_back(
                 scheduler.load_state_dict(copied(state))
 
 
+def _cut_state(state: dict[str, Any], stepped: Sequence[Tensor]) -> dict[str, Any]:
+    """The state of an optimizer, cut as its parameters are."""
+    kept = {
+        index: {key: _cut(value, stepped[index]) for key, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    return {**state, "state": kept}
+
+
+def _cut(value: Any, like: Any) -> Any:
+    """A whole tensor as a ``DTensor``, where that is what it stands for."""
+    if isinstance(value, Tensor) and is_sharded(like) and value.shape == like.shape:
+        return distributed(value, like)
+    return value
+
+
 def copied(value: Any) -> Any:
-    """A copy whose tensors lie on the CPU and are shared with nothing."""
+    """A copy whose tensors are whole, lie on the CPU and are shared with nothing."""
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        return whole(value).detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
         return {key: copied(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -171,7 +171,8 @@ def _check(name: str, tensor: object, state: Mapping[str, Tensor]) -> None:
     if not isinstance(tensor, Tensor):
         problem = f"is a {type(tensor).__name__}, and only tensors can be saved"
     elif type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
-        problem = f"is a {type(tensor).__name__} with layout {tensor.layout}; make it dense"
+        kind = f"is a {type(tensor).__name__} with layout {tensor.layout}"
+        problem = f"{kind}; make it dense (a DTensor by full_tensor())"
     elif tensor.is_meta:
         problem = "is on the meta device and has no values"
     elif name + _PATTERN in state:

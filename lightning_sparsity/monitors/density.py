@@ -171,7 +171,10 @@ class DensityMonitor(SparsityCallback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Let go of the model."""
+        """Let go of the model; what lies in parts is lost, as other processes may be elsewhere."""
+        if self._watch is not None and any(p.is_sharded for p in self._watch.masks):
+            self._watch.stop_counting()
+            self._watch = None
         self._release()
 
     def _release(self) -> None:

@@ -80,7 +80,7 @@ class MaskTracker:
         Args:
             names: Parameters that an update went over since, changed or not.
         """
-        for name in names:
+        for name in [known for known in self._tracks if known in names]:  # in order on all ranks
             track, kept = self._tracks[name], self._masks[name]
             mask = pack(local(kept.mask))
             track.fired |= mask

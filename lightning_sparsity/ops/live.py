@@ -73,7 +73,8 @@ class Formed(Tensor):
             return first._map(lambda values: function(values, *args[1:], **named))
         args = [a.formed() if isinstance(a, Formed) else _within(a) for a in args]
         named = {key: a.formed() if isinstance(a, Formed) else a for key, a in named.items()}
-        return function(*args, **named)
+        made = function(*args, **named)
+        return _sealed(made) if _is_view(function) and isinstance(first, Formed) else made
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -119,6 +120,19 @@ class Live(Formed):
     def _map(self, function: Callable[[Tensor], Tensor]) -> Live:
         values = function(self.values_there)
         return Live(lambda: values, self._positions, self.shape, values)
+
+
+def _is_view(function: Any) -> bool:
+    """Whether what an operation gives shares memory with its argument."""
+    aliases = [made.alias_info is not None for made in function._schema.returns]
+    return bool(aliases) and all(aliases) and not function._schema.is_mutable
+
+
+def _sealed(made: Any) -> Any:
+    """Views that let nobody write: it would be lost."""
+    if isinstance(made, list | tuple):
+        return type(made)(map(_sealed, made))
+    return made if isinstance(made, Formed) else Formed(lambda: made, made.shape, made)
 
 
 def _written(function: Any, args: Sequence[Any], named: Mapping[str, Any]) -> list[Any]:

@@ -20,7 +20,7 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The sum of a tensor over all processes, the same bits on each; itself if there is one."""
-    if not _are_several():
+    if not are_several():
         return tensor
     total = tensor.clone()
     dist.all_reduce(total)
@@ -33,7 +33,7 @@ def concatenated(tensor: Tensor) -> Tensor:
     Args:
         tensor: 1-D, of any length, of the same dtype on every process.
     """
-    if not _are_several():
+    if not are_several():
         return tensor
     lengths = [tensor.new_zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
     dist.all_gather(lengths, tensor.new_tensor([len(tensor)], dtype=torch.int64))
@@ -47,7 +47,7 @@ def concatenated(tensor: Tensor) -> Tensor:
 
 def gather_from_ranks(make: Callable[[], _T]) -> list[_T]:
     """What every process makes, first rank first; nothing is made if there is only one."""
-    if not _are_several():
+    if not are_several():
         return []
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, make())
@@ -56,8 +56,9 @@ def gather_from_ranks(make: Callable[[], _T]) -> list[_T]:
 
 def is_first_rank() -> bool:
     """Whether this is the first process, or the only one."""
-    return not _are_several() or dist.get_rank() == 0
+    return not are_several() or dist.get_rank() == 0
 
 
-def _are_several() -> bool:
+def are_several() -> bool:
+    """Whether there is more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

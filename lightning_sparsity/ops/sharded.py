@@ -56,9 +56,10 @@ class Split:
 
     @property
     def is_tensor_parallel(self) -> bool:
-        """Whether processes compute with their parts, by the name that Lightning gives the mesh."""
+        """Whether processes compute with their parts, by the name of a dimension of the mesh."""
         names = self.mesh.mesh_dim_names or ()
-        return "tensor_parallel" in names and self.mesh.size(names.index("tensor_parallel")) > 1
+        across = [i for i, name in enumerate(names) if name in ("tensor_parallel", "tp")]
+        return any(self.mesh.size(dim) > 1 for dim in across)
 
     @property
     def is_owner(self) -> bool:
@@ -201,9 +202,7 @@ class Sharded(Formed):
         named = dict(kwargs or {})
         made = _on_parts(function, args, named)
         if made is NotImplemented:
-            made = super().__torch_dispatch__(function, types, args, named)
-            if _is_view(function):  # writes to it would be lost: it lets nobody write
-                return Formed(lambda: made, made.shape, made)
+            return super().__torch_dispatch__(function, types, args, named)
         return made
 
     def of(self, part: Tensor) -> Sharded:
@@ -277,13 +276,6 @@ def is_pointwise(function: Any) -> bool:
     outside = getattr(_ATEN, name[:-1], None)  # its twin that writes nothing
     twin = getattr(outside, function._overloadname, None)
     return twin is not None and torch.Tag.pointwise in twin.tags
-
-
-def _is_view(function: Any) -> bool:
-    """Whether an operation gives one tensor that shares memory with its argument."""
-    schema = function._schema
-    aliases = [made.alias_info is not None for made in schema.returns]
-    return aliases == [True] and not schema.is_mutable
 
 
 def _part(argument: Any, like: Sharded) -> Any:

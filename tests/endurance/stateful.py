@@ -71,6 +71,7 @@ from lightning_sparsity.core.masks import Masks
 from lightning_sparsity.core.parameter import SparseParameter
 from lightning_sparsity.core.run import Run
 from lightning_sparsity.distributions import uniform
+from lightning_sparsity.ops.fingerprint import fingerprint
 from lightning_sparsity.structures import Structure
 from lightning_sparsity.testing import (
     Batch,
@@ -390,7 +391,7 @@ class Pupil(TinyModel):
         if now == self.interruption[:2] or (place == "validation" and now >= self.interruption[:2]):
             self.interruption = None
             masks = _masks(self.trainer)
-            self.left = masks.hashes([kept.name for kept in masks])
+            self.left = [fingerprint(kept.mask) for kept in masks]
             raise Interrupted(place)
 
     def faulty_loss(self, batch: Batch, batch_idx: int) -> Tensor | None:
@@ -688,7 +689,7 @@ class Witness(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, keeper: MaskKeeper
     ) -> None:
         masks = _masks(trainer)
-        hashes = masks.hashes([kept.name for kept in masks])
+        hashes = [fingerprint(kept.mask) for kept in masks]
         if self._expected is not None:
             assert hashes == self._expected, "masks are not those that were left"
         assert_zero_off_masks(masks, trainer.optimizers)
@@ -772,7 +773,7 @@ class Witness(Checkpoint):
                 self.line,
                 position,
                 self.leg.storage,
-                masks.hashes([kept.name for kept in masks]),
+                [fingerprint(kept.mask) for kept in masks],
                 self.budgets.copy(),
                 trainer.max_epochs or 0,
             )

@@ -15,6 +15,7 @@ from lightning_sparsity.callbacks.scored import ScoredStart
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Distribution, Layers, Rule, Verb
 from lightning_sparsity.core.numbers import plain
+from lightning_sparsity.core.shards import local
 from lightning_sparsity.core.view import ForwardFunction, Pass
 from lightning_sparsity.structures import Structure
 
@@ -115,7 +116,7 @@ class SynFlow(ScoredStart):
 
     def score(self, opened: Pass, layers: Layers, batches: Sequence[Any]) -> dict[str, Tensor]:
         """What every weight contributes to the sum of the output."""
-        self._make_positive(opened.module)
+        self._make_positive(opened)
         ones = self._ones(opened.module, batches[0])
         with _ones_embedded(opened.module):
             grads = opened.gradients(
@@ -126,14 +127,13 @@ class SynFlow(ScoredStart):
         return {name: (opened.weights[name].detach() * grad).abs() for name, grad in grads.items()}
 
     @torch.no_grad()
-    def _make_positive(self, module: nn.Module) -> None:
-        named = [*module.named_parameters(), *module.named_buffers()]
-        for name, tensor in named:
+    def _make_positive(self, opened: Pass) -> None:
+        for name, tensor in [*opened.weights.items(), *opened.module.named_buffers()]:
             last = name.rpartition(".")[2]
             if tensor.is_floating_point():
-                tensor.abs_()
+                local(tensor).abs_()
                 if self.zero_bias and ("bias" in last or last == "running_mean"):
-                    tensor.zero_()
+                    local(tensor).zero_()
 
     def _ones(self, module: nn.Module, batch: Any) -> Any:
         """The batch with one sample, of ones where it is floating point."""
