@@ -228,7 +228,9 @@ class Task:
         return Shuffled(*read_digits(self.data_dir, "train").tensors, 256, self.seed)
 
     def trainer(self, epochs: int, *callbacks: Callback) -> pl.Trainer:
-        storage = [ls.SparseCompute("csr")] if self.compressed else []
+        # The first round of a ticket is dense, where rows of live values would take long.
+        layout = "auto" if self.is_ticket else "csr"
+        storage = [ls.SparseCompute(layout)] if self.compressed else []
         return pl.Trainer(
             max_epochs=epochs,
             accelerator="cpu",
