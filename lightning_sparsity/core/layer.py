@@ -166,7 +166,8 @@ def errors_of(name: str) -> Iterator[None]:
 
 def works_on_parts(part: object) -> bool:
     """Whether a rule, score or ``observe=`` works on sharded layers without gathering them."""
-    return bool(getattr(getattr(part, "__self__", part), "on_parts", False))
+    owner = getattr(part, "__self__", None)  # momentum(0.9).observe is as its score
+    return bool(getattr(owner if isinstance(owner, Scorer) else part, "on_parts", False))
 
 
 def call_of(part: object) -> str:

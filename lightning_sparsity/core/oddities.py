@@ -49,7 +49,7 @@ def idle_method(run: Run, total: float, epochs: float) -> Iterator[Oddity]:
             f"{run.owner.steps} of them behind it, and the window is steps {steps.start} "
             f"to {steps.end}, every {steps.every}. Move the window, or update more often.",
         )
-    elif run.owner.optimizer is None:
+    elif run.method.ramps and run.owner.optimizer is None:
         yield (
             f"{run.key} is not stepped",
             f"{run.key} makes no update of {', '.join(run.names)}, which no optimizer "

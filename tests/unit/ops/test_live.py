@@ -49,10 +49,6 @@ BECOME_DENSE: dict[str, Callable[[Tensor], Tensor]] = {
     "times itself": lambda x: x * x,
     "compared": lambda x: x > 0,
     "masked": lambda x: x[DENSE != 0],
-    "entry": lambda x: x[1],
-    "reshaped": lambda x: x.reshape(-1),
-    "viewed": lambda x: x.view(3, 2),
-    "transposed": lambda x: x.t(),
     "summed": lambda x: x.sum(0),
     "clone": lambda x: x.clone(),
     "where": lambda x: torch.where(x > 0, x, 7.0),
@@ -90,6 +86,31 @@ def test_all_others_see_the_dense_tensor(
     result = function(make())
     assert not isinstance(result, Formed)
     assert torch.equal(result, function(DENSE))
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "entry": lambda x: x[1],
+    "reshaped": lambda x: x.reshape(-1),
+    "viewed": lambda x: x.view(3, 2),
+    "transposed": lambda x: x.t(),
+    "part": lambda x: x.chunk(2)[1],
+    "column of the transposed": lambda x: x.t()[1],
+}
+
+
+@pytest.mark.parametrize("function", VIEWS.values(), ids=list(VIEWS))
+@pytest.mark.parametrize("make", [live, lambda: formed()[0]], ids=["live", "formed"])
+def test_a_view_is_read_and_never_written(
+    function: Callable[[Tensor], Tensor], make: Callable[[], Tensor]
+) -> None:
+    view, right = function(make()), function(DENSE)
+    assert view.shape == right.shape
+    assert view.stride() == right.stride()
+    assert torch.equal(view + 0, right)
+    assert view.sum() == right.sum()
+    for write in (lambda: view.mul_(2), lambda: view.fill_(1), lambda: torch.neg(right, out=view)):
+        with pytest.raises(RuntimeError, match="never writes"):
+            write()
 
 
 def test_what_is_formed_is_not_kept() -> None:
