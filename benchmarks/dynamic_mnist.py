@@ -226,7 +226,7 @@ def main() -> None:
     tasks = [task for task in dict.fromkeys(tasks) if task not in done]
     os.environ["OMP_NUM_THREADS"] = "1"
     pool = multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=8)
-    new = not args.output.exists()
+    new = not args.output.exists() or args.output.stat().st_size == 0
     with pool, args.output.open("a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if new:

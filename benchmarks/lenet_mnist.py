@@ -388,7 +388,7 @@ def main() -> None:
     ]
     os.environ["OMP_NUM_THREADS"] = "1"
     pool = multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1)
-    new = not output.exists()
+    new = not output.exists() or output.stat().st_size == 0
     with pool, output.open("a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if new:
