@@ -11,7 +11,7 @@ command goes on where it was.
 
     python benchmarks/lenet_mnist.py --data-dir DIR --jobs 2
     python benchmarks/lenet_mnist.py --table
-    python benchmarks/lenet_mnist.py --data-dir DIR --network LeNet-5-Caffe --epochs 12 \
+    python benchmarks/lenet_mnist.py --data-dir DIR --network LeNet-5-Caffe --epochs 4 \
         --densities 0.01 --seeds 0 --methods dense "random ERK" SNIP GraSP SynFlow FORCE
 
 """
