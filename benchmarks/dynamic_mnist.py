@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,33 @@ def finished(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def summary(values: Sequence[float]) -> str:
+    """Mean, standard deviation and number of some accuracies; nothing of none."""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread} ({len(values)})" if values else ""
+
+
+def collect(
+    work: Callable[[Any], list[dict[str, Any]]],
+    tasks: Sequence[Any],
+    output: Path,
+    fields: Sequence[str],
+    jobs: int,
+    tasks_per_process: int,
+) -> None:
+    """Do tasks in processes of one thread each, and add their rows to a file as they come."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    pool = multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=tasks_per_process)
+    new = not output.exists() or output.stat().st_size == 0
+    with pool, output.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        for rows in tqdm(pool.imap_unordered(work, tasks), total=len(tasks)):
+            writer.writerows(rows)
+            file.flush()
+
+
 def table(rows: list[dict[str, str]]) -> str:
     """Mean and standard deviation of the test accuracy, by method and density."""
     densities = sorted({float(row["density"]) for row in rows}, reverse=True)
@@ -184,16 +211,14 @@ def table(rows: list[dict[str, str]]) -> str:
             ]
             values = [float(row["accuracy"]) for row in mine]
             seconds += [float(row["seconds_per_epoch"]) for row in mine]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            mean = f"{statistics.mean(values):.2f}" if values else "–"
-            cells.append(f"{mean}{spread} ({len(values)})" if values else mean)
+            cells.append(summary(values) or "–")
         if seconds:
             lines.append(f"| {name} | {' | '.join(cells)} | {statistics.median(seconds):.2f} |")
     return "\n".join(lines)
 
 
-def _train(task: tuple[Any, ...]) -> dict[str, Any]:
-    return train(*task)
+def _train(task: tuple[Any, ...]) -> list[dict[str, Any]]:
+    return [train(*task)]
 
 
 def main() -> None:
@@ -224,17 +249,8 @@ def main() -> None:
         for name in args.methods
     ]
     tasks = [task for task in dict.fromkeys(tasks) if task not in done]
-    os.environ["OMP_NUM_THREADS"] = "1"
-    pool = multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=8)
-    new = not args.output.exists() or args.output.stat().st_size == 0
-    with pool, args.output.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        work = pool.imap_unordered(_train, [(*task, args.data_dir) for task in tasks])
-        for row in tqdm(work, total=len(tasks)):
-            writer.writerow(row)
-            file.flush()
+    given = [(*task, args.data_dir) for task in tasks]
+    collect(_train, given, args.output, FIELDS, args.jobs, tasks_per_process=8)
     print(table(finished(args.output)))
 
 

@@ -19,10 +19,7 @@ command goes on where it was.
 from __future__ import annotations
 
 import argparse
-import csv
 import logging
-import multiprocessing
-import os
 import statistics
 import sys
 import time
@@ -34,10 +31,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from dynamic_mnist import Count, Shuffled, finished
+from dynamic_mnist import Count, Shuffled, collect, finished, summary
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import lightning_sparsity as ls
 from lightning_sparsity.lottery import run_imp
@@ -327,8 +323,7 @@ def table(rows: list[dict[str, str]], network: str) -> str:
                 if row["method"] == name and float(row["density"]) in (density, 1.0)
             ]
             values = [float(row["accuracy"]) for row in mine]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cell = f"{statistics.mean(values):.2f}{spread} ({len(values)})" if values else ""
+            cell = summary(values)
             if mine and name != "dense":
                 live = statistics.mean(int(row["live"]) for row in mine) / NETWORKS[network][1]
                 cell += f" at {100 * (1 - live):.2f} %" if abs(live - density) > 1e-4 else ""
@@ -386,16 +381,7 @@ def main() -> None:
         for density in densities.get(name, args.densities)
         if (name, density, seed, args.epochs) not in done
     ]
-    os.environ["OMP_NUM_THREADS"] = "1"
-    pool = multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1)
-    new = not output.exists() or output.stat().st_size == 0
-    with pool, output.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        for rows in tqdm(pool.imap_unordered(run, tasks), total=len(tasks)):
-            writer.writerows(rows)
-            file.flush()
+    collect(run, tasks, output, FIELDS, args.jobs, tasks_per_process=1)
     print(table(finished(output), args.network))
 
 

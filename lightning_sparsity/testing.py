@@ -211,7 +211,7 @@ class Probe(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Copy what the training left behind."""
         masks = _masks(trainer)
-        self.weights = {k: v.detach().clone() for k, v in pl_module.state_dict().items()}
+        self.weights = {k: whole(v).clone() for k, v in pl_module.state_dict().items()}
         self.masks = {} if masks is None else {p.name: whole(p.mask).clone() for p in masks}
         self.state = [
             value.detach().clone()

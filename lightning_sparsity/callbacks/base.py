@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_sparsity.callbacks.budget import Budgeter
 from lightning_sparsity.core.capture import Statistic
@@ -27,8 +27,10 @@ from lightning_sparsity.core.layer import (
     errors_of,
     works_on_parts,
 )
+from lightning_sparsity.core.masks import Masks
 from lightning_sparsity.core.method import Observe, Role, Share
 from lightning_sparsity.core.numbers import plain
+from lightning_sparsity.core.run import Run
 from lightning_sparsity.core.view import ModelView
 from lightning_sparsity.core.window import Interval, Window
 from lightning_sparsity.distributions import fixes_total, per_layer
@@ -161,6 +163,22 @@ class MaskCallback(SparsityCallback):
         monitored = any(getattr(c, "print_tables", False) for c in callbacks)
         if keeper.masks is not None and self is first and not monitored:
             rank_zero_info(allocation_table(keeper.masks, pl_module))
+
+    def _warn_of_stop(self, masks: Masks, runs: Sequence[Run], when: str) -> None:
+        """Say that training was stopped before the method came to its end.
+
+        Args:
+            masks: All masks.
+            runs: The method at work.
+            when: Where that was, such as "after 1 of 3 prunings".
+        """
+        mine = [masks[name] for run in runs for name in run.names]
+        density = sum(kept.live for kept in mine) / sum(kept.numel for kept in mine)
+        rank_zero_warn(
+            f"{self._name}: training was stopped {when}; the density is {density:.4g}, not "
+            f"{self.density or 'the final one'}. Let what stops it (EarlyStopping, max_time) begin "
+            "later."
+        )
 
     # ----------------------------------------------------------- what the engine asks
 

@@ -709,7 +709,7 @@ class Engine:
 
     def warn_of_unfinished_ramps(self) -> None:
         """Say which densities did not arrive."""
-        for run in self.runs:
+        for run in [run for run in self.runs if run.unfinished]:
             layers = self._layers(run)
             live, size = sum(n.live for n in layers), sum(n.size for n in layers)
             self._say(oddities.unfinished_ramp(run, live, size))

@@ -37,11 +37,7 @@ def check(path: Path) -> None:
     Raises:
         RuntimeError: If the file is empty, cut short, or a checksum does not fit.
     """
-    with path.open("rb") as file:
-        begins_as_archive = b"PK\x03\x04".startswith(file.read(4))
-    if not (begins_as_archive or zipfile.is_zipfile(path)):
-        return
-    if damage := _damage(path):
+    if damage := _damage_of(path):
         raise _refused(path, damage)
 
 
@@ -63,12 +59,7 @@ def check_together(path: Path) -> None:
 def _first_damage(path: Path, rank: int, world: int) -> str | None:
     """What is wrong with those archives in a file or folder that it is this process's to read."""
     if path.is_file():
-        try:
-            if rank == 0:
-                check(path)
-        except RuntimeError as error:
-            return str(error).partition("is damaged: ")[2].partition(". Nothing")[0]
-        return None
+        return _damage_of(path) if rank == 0 else None
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     if not (path / ".metadata").is_file():
@@ -108,6 +99,13 @@ def _refused(path: Path, damage: str) -> RuntimeError:
     return RuntimeError(
         f"{path} is damaged: {damage}. Nothing of it was loaded. Resume from an earlier checkpoint."
     )
+
+
+def _damage_of(path: Path) -> str | None:
+    """What is wrong with a file, if it is an archive."""
+    with path.open("rb") as file:
+        begins_as_archive = b"PK\x03\x04".startswith(file.read(4))
+    return _damage(path) if begins_as_archive or zipfile.is_zipfile(path) else None
 
 
 def _damage(file: Path | BytesIO) -> str | None:

@@ -69,12 +69,11 @@ def unfinished_ramp(run: Run, live: int, size: int) -> Iterator[Oddity]:
     """A density that was to change up to a step that has not come.
 
     Args:
-        run: The method at work.
+        run: The method at work, unfinished.
         live: Its live units.
         size: All its units.
     """
-    if not run.unfinished or run.steps is None:
-        return
+    assert run.steps is not None
     asked = run.method.density
     arrived = asked is not None and live == round(asked * size)
     is_not = "" if arrived else f", not {asked or 'the final one'}"

@@ -13,7 +13,7 @@ from lightning_sparsity.core.compressed import CompressedWeight
 from lightning_sparsity.core.effective import EffectiveWeight
 from lightning_sparsity.core.filters import Candidate
 from lightning_sparsity.core.layer import Layer
-from lightning_sparsity.core.shards import is_sharded, local, part_of, sharded, whole
+from lightning_sparsity.core.shards import is_sharded, local, part_of, whole
 from lightning_sparsity.ops.live import Formed
 from lightning_sparsity.ops.masked import gate
 from lightning_sparsity.ops.sharded import Gathered, Sharded, Split
@@ -103,7 +103,9 @@ class SparseParameter:
         """The weight as rules see it: the parameter itself, detached, if it is dense."""
         if self.compressed is not None:
             return self.compressed.view
-        return sharded(self.parameter) if self.is_sharded else self.parameter.detach()
+        if self._split is not None:
+            return Sharded(local(self.parameter), self._split)
+        return self.parameter.detach()
 
     def is_view(self, weight: Tensor) -> bool:
         """Whether a rule has left the weight as it was."""

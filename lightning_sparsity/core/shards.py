@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from lightning_sparsity.ops.live import Formed
 from lightning_sparsity.ops.ranks import sum_over_ranks
@@ -49,8 +48,9 @@ def reshard(module: nn.Module) -> None:
     It would go on with them, whatever is written to the parts: call it before something is.
     """
     for inner in module.modules():
-        if isinstance(inner, FSDPModule):
-            inner.reshard()
+        free: Any = getattr(inner, "reshard", None)  # by name: the class has moved between releases
+        if free is not None and hasattr(inner, "unshard"):
+            free()
 
 
 def sharded(tensor: Tensor) -> Sharded:

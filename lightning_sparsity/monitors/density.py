@@ -265,8 +265,10 @@ class DensityMonitor(SparsityCallback):
 
     def _log(self, trainer: pl.Trainer, step: int) -> None:
         assert self._watch is not None
+        if not trainer.loggers:
+            return
         found = self._watch.metrics()  # on all processes, which may each have parts of the masks
-        if not (trainer.is_global_zero and trainer.loggers):
+        if not trainer.is_global_zero:
             return
         if not self.per_layer:
             layers = set(self._watch.tracker.names)

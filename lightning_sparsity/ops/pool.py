@@ -49,11 +49,14 @@ class Pool:
         self.dtype = reduce(torch.promote_types, (s.dtype for s in scores), torch.float32)
         self.home = scores[0].device if scores else torch.device("cpu")
         self.numel = sum(s.numel() for s in scores)
-        if self.candidates is None:
-            self.sizes = [s.numel() for s in scores]
-        else:
-            self.sizes = self._gather([c.count_nonzero() for c in self.candidates]).tolist()
+        self.sizes = self._count_candidates()
         self.total = sum(self.sizes)
+
+    def _count_candidates(self) -> list[int]:
+        if self.candidates is None:
+            return [s.numel() for s in self.scores]
+        counts: list[int] = self._gather([c.count_nonzero() for c in self.candidates]).tolist()
+        return counts
 
     def chunk(self, i: int) -> int:
         """Number of scores of tensor ``i`` to read at once."""

@@ -41,13 +41,11 @@ class PoolOfParts(Pool):
         if candidates is not None:
             candidates = [_part(c, s) for c, s in zip(candidates, likes, strict=True)]
         super().__init__([_part(s, s) for s in likes], candidates)
-        self.sizes = self._gather([self._size(i) for i in range(len(likes))]).tolist()
-        self.total = sum(self.sizes)
 
-    def _size(self, i: int) -> Tensor:
-        if self.candidates is None:
-            return torch.tensor(self.scores[i].numel(), device=self.home)
-        return self.candidates[i].count_nonzero()
+    def _count_candidates(self) -> list[int]:
+        here = self.candidates or [torch.ones_like(s, dtype=torch.bool) for s in self.scores]
+        counts: list[int] = self._gather([c.count_nonzero() for c in here]).tolist()
+        return counts
 
     def kth_largest(self, k: int) -> float:
         """The ``k``-th largest candidate score, for k from 1 to ``total``."""

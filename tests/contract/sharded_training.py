@@ -75,11 +75,7 @@ def train(name: str, cut: str | None = None, *others: Callback) -> dict[str, Any
         strategy = ModelParallelStrategy(data, tensor, save_distributed_checkpoint=False)
         options = {"strategy": strategy, "devices": 2}
     result = fit([EVERY[name](), *others], Model, data=doubles(), **options)
-    weights = {
-        key: weight.full_tensor() if isinstance(weight, DTensor) else weight
-        for key, weight in result.weights.items()
-    }
-    return {"history": result.history, "weights": weights}
+    return {"history": result.history, "weights": result.weights}
 
 
 def outcome(work: Callable[[], dict[str, Any]]) -> dict[str, Any] | str:

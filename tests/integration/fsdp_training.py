@@ -241,11 +241,7 @@ def watched(method: str) -> Iterator[Gathered]:
 
 def outcome(result: Result) -> dict[str, Any]:
     """What is compared: the same on every process."""
-    weights = {
-        name: weight.full_tensor() if isinstance(weight, DTensor) else weight
-        for name, weight in result.weights.items()
-    }
-    return {"masks": result.masks, "history": result.history, "weights": weights}
+    return {"masks": result.masks, "history": result.history, "weights": result.weights}
 
 
 def two(folder: Path) -> dict[str, Any]:

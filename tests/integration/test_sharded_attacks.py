@@ -349,11 +349,7 @@ def train(case: tuple[Any, ...], processes: int) -> dict[str, Any]:
         strategy = ModelParallelStrategy(processes, 1, save_distributed_checkpoint=False)
         options = {**options, "strategy": strategy, "devices": processes}
     result = fit(make(), lambda: model(net(), cut), data=_DATA, **options)
-    weights = {
-        name: weight.full_tensor() if isinstance(weight, DTensor) else weight
-        for name, weight in result.weights.items()
-    }
-    return {"masks": result.masks, "history": result.history, "weights": weights}
+    return {"masks": result.masks, "history": result.history, "weights": result.weights}
 
 
 @cache

@@ -148,6 +148,7 @@ class importance:
     """
 
     gradient_weight: float
+    on_parts = True
 
     def __post_init__(self) -> None:
         value = self.gradient_weight
@@ -160,11 +161,6 @@ class importance:
     def needs_gradient(self) -> bool:
         """Whether gradients count."""
         return self.gradient_weight > 0
-
-    @property
-    def on_parts(self) -> bool:
-        """Whether it works on sharded layers: yes."""
-        return True
 
     def __call__(self, layer: Layer) -> Tensor:
         """Score of ``layer``."""

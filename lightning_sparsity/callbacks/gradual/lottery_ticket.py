@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_sparsity.callbacks.base import MaskCallback
 from lightning_sparsity.core.filters import Selection, linear_and_conv
@@ -203,13 +202,8 @@ class LotteryTicket(MaskCallback):
         # a round of few steps may end without one, and the next prunes for both
         pruned = max(self._begun, min((run.updates for run in mine), default=self.rounds))
         if pruned < self.rounds:
-            kept = [keeper.masks[name] for run in mine for name in run.names]
-            density = sum(one.live for one in kept) / sum(one.numel for one in kept)
-            rank_zero_warn(
-                f"LotteryTicket: training was stopped after {pruned} of {self.rounds} prunings; "
-                f"the density is {density:.4g}, not {self.density or 'the final one'}. Let what "
-                "stops it (EarlyStopping, max_time) begin later."
-            )
+            when = f"after {pruned} of {self.rounds} prunings"
+            self._warn_of_stop(keeper.masks, mine, when)
 
     # -------------------------------------------------------------------------- state
 

@@ -286,13 +286,8 @@ class _ESPN(LearnedMask):
         if self._phase == "tune" or dev_run or keeper is None or keeper.masks is None:
             return
         runs = [run for run in keeper.runs if id(run.method) == id(self)]
-        mine = [keeper.masks[name] for run in runs for name in run.names]
-        density = sum(kept.live for kept in mine) / sum(kept.numel for kept in mine)
-        rank_zero_warn(
-            f"{self._name}: training was stopped in the {self._phase} phase, before the last one; "
-            f"the density is {density:.4g}, not {self.density}. Let what stops it (EarlyStopping, "
-            "max_time) begin later."
-        )
+        when = f"in the {self._phase} phase, before the last one"
+        self._warn_of_stop(keeper.masks, runs, when)
 
     # -------------------------------------------------------------------------- state
 
