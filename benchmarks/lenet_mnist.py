@@ -5,15 +5,11 @@ The protocol is that of Cho, Joshi and Hegde (2020, Table 1): 160 epochs of SGD 
 and 120. ESPN has its own phases: fine-tuning begins with the dense network of the same seed, which
 is trained first, and rewinding takes as many epochs more as its joint training needs. The lottery
 ticket is pruned after every training, three times down to 95 % and once for every sparsity after
-that, and goes back to the end of epoch 1. Finished trainings are not run again: an interrupted
-command goes on where it was.
-
+that, or once from the dense network ("one shot"), and goes back to the end of epoch 1. Finished
+trainings are not run again: an interrupted command goes on where it was.
 
     python benchmarks/lenet_mnist.py --data-dir DIR --jobs 2
     python benchmarks/lenet_mnist.py --table
-    python benchmarks/lenet_mnist.py --data-dir DIR --network LeNet-5-Caffe --epochs 4 \
-        --densities 0.01 --seeds 0 --methods dense "random ERK" SNIP GraSP SynFlow FORCE
-
 """
 
 from __future__ import annotations
@@ -98,16 +94,19 @@ class Entry:
         trained: Whether it begins with the dense network of the same seed, at its end.
         kaiming: Whether weights begin Kaiming-normal, as in the program of GraSP's authors, and
             not as torch draws them, with a standard deviation 2.4 times smaller.
+        rounds: Of a lottery ticket, the densities that it is pruned to in turn, each to a row of
+            the table if that has it; empty: none before the density that is asked for.
     """
 
-    make: Make | None
+    make: Make | None = None
     longer: int = 0
     trained: bool = False
     kaiming: bool = False
+    rounds: list[float] | None = None
 
 
 METHODS: dict[str, Entry] = {
-    "dense": Entry(None),
+    "dense": Entry(),
     "GMP": Entry(lambda d, data: ls.GMP(d)),
     "OptG": Entry(lambda d, data: ls.OptG(d)),
     "ESPN-Finetune": Entry(
@@ -130,7 +129,8 @@ METHODS: dict[str, Entry] = {
     "SynFlow": Entry(lambda d, data: ls.SynFlow(d, data=data)),
     "IterSNIP": Entry(lambda d, data: ls.IterSNIP(d, data=data)),
     "FORCE": Entry(lambda d, data: ls.FORCE(d, data=data)),
-    "lottery ticket": Entry(None),
+    "lottery ticket": Entry(rounds=ROUNDS),
+    "lottery ticket, one shot": Entry(rounds=[]),
 }
 
 # The networks, and how many weights of each are counted: all but biases.
@@ -193,7 +193,7 @@ class Task:
     Args:
         network: Of :data:`NETWORKS`.
         method: Of :data:`METHODS`.
-        density: To train at; the lottery ticket comes through all of :data:`DENSITIES`.
+        density: To train at; of a lottery ticket, the last.
         seed: Of weights, masks and the order of the images.
         epochs: Of the protocol.
         compressed: Whether the zeros of the masks are not stored either.
@@ -211,8 +211,12 @@ class Task:
     networks: Path
 
     @property
+    def entry(self) -> Entry:
+        return METHODS[self.method]
+
+    @property
     def is_ticket(self) -> bool:
-        return self.method == "lottery ticket"
+        return self.entry.rounds is not None
 
     @property
     def dense(self) -> Path:
@@ -269,7 +273,7 @@ def run(task: Task) -> list[dict[str, Any]]:
 def train(task: Task) -> dict[str, Any]:
     """One training."""
     model = LeNet(task.network)
-    entry, count = METHODS[task.method], Count()
+    entry, count = task.entry, Count()
     made = [entry.make(task.density, list(task.batches()))] if entry.make else []
     if entry.trained:
         model.load_state_dict(torch.load(task.dense))
@@ -289,17 +293,18 @@ def train(task: Task) -> dict[str, Any]:
 def find_tickets(task: Task) -> list[dict[str, Any]]:
     """All trainings of a lottery ticket, each to a row if it is in the table."""
     batches = task.batches()
+    densities = task.entry.rounds or [task.density]
     rounds = run_imp(
         lambda: task.trainer(task.epochs),
         lambda: LeNet(task.network),
         batches,
-        directory=task.networks / f"ticket-{task.seed}-{task.epochs}",
-        density=ROUNDS,
+        directory=task.networks / f"{task.method}-{task.density}-{task.seed}-{task.epochs}",
+        density=densities,
         rewind_to=len(batches),
         seed=task.seed,
     )
     rows = []
-    for density, found in zip(ROUNDS, rounds[1:], strict=True):
+    for density, found in zip(densities, rounds[1:], strict=True):
         model = LeNet(task.network)
         model.load_state_dict(found.weights)
         if density in DENSITIES:
@@ -307,16 +312,19 @@ def find_tickets(task: Task) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, str]], network: str) -> str:
+def table(rows: list[dict[str, str]], network: str, epochs: int) -> str:
     """Mean and standard deviation of the test accuracy, by method and sparsity.
 
     Where a method has not arrived at the sparsity, the one that it has stands behind.
     """
-    shown = [f"{100 * (1 - density):g} %" for density in DENSITIES]
-    lines = [f"| method | {' | '.join(shown)} |", "|---|" + "---|" * len(shown)]
+    rows = [row for row in rows if int(row["epochs"]) == epochs]
+    trained = {float(row["density"]) for row in rows}
+    shown = [density for density in DENSITIES if density in trained]
+    header = [f"{100 * (1 - density):g} %" for density in shown]
+    lines = [f"| method | {' | '.join(header)} |", "|---|" + "---|" * len(header)]
     for name in METHODS:
         cells = []
-        for density in DENSITIES:
+        for density in shown:
             mine = [
                 row
                 for row in rows
@@ -331,7 +339,8 @@ def table(rows: list[dict[str, str]], network: str) -> str:
         if any(cells):
             lines.append(f"| {name} | {' | '.join(cells)} |")
         if any(cells) and name in PUBLISHED[network]:
-            numbers = " | ".join(f"{value:.2f}" for value in PUBLISHED[network][name])
+            published = dict(zip(DENSITIES, PUBLISHED[network][name], strict=True))
+            numbers = " | ".join(f"{published[density]:.2f}" for density in shown)
             lines.append(f"| {name}, as published | {numbers} |")
     return "\n".join(lines)
 
@@ -355,7 +364,7 @@ def main() -> None:
     short = {"LeNet-300-100": "lenet300", "LeNet-5-Caffe": "lenet5"}[args.network]
     output = args.output or RESULTS / f"{short}_mnist.csv"
     if args.table:
-        print(table(finished(output), args.network))
+        print(table(finished(output), args.network, args.epochs))
         return
     if args.data_dir is None:
         parser.error("--data-dir is needed: the directory with the four files of MNIST")
@@ -364,7 +373,8 @@ def main() -> None:
         (row["method"], float(row["density"]), int(row["seed"]), int(row["epochs"]))
         for row in finished(output)
     }
-    densities = {"dense": [1.0], "lottery ticket": [ROUNDS[-1]]}
+    rounds = {name: entry.rounds[-1:] for name, entry in METHODS.items() if entry.rounds}
+    densities = {"dense": [1.0], **rounds}
     tasks = [
         Task(
             args.network,
@@ -382,7 +392,7 @@ def main() -> None:
         if (name, density, seed, args.epochs) not in done
     ]
     collect(run, tasks, output, FIELDS, args.jobs, tasks_per_process=1)
-    print(table(finished(output), args.network))
+    print(table(finished(output), args.network, args.epochs))
 
 
 if __name__ == "__main__":
