@@ -17,16 +17,9 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-)
 
 from lightning_sparsity.core.filters import plain_name
+from lightning_sparsity.core.fresh_loader import fresh_loader
 from lightning_sparsity.core.isolation import isolated
 from lightning_sparsity.core.layer import Layer, Layers
 from lightning_sparsity.core.lazy_weights import gathered_again, make_lazy
@@ -41,7 +34,6 @@ ForwardFunction = Callable[[pl.LightningModule, Any], Tensor]
 """Gets the LightningModule and a batch, and returns the output of the network."""
 
 _T = TypeVar("_T")
-_READING = ("__iter__", "_get_iterator")  # what a loader of another kind may do otherwise
 _PATIENCE = 3.0  # seconds until there is a progress bar
 
 
@@ -233,7 +225,7 @@ class Pass:
             MisconfigurationException: If the Trainer's loader cannot be iterated without
                 disturbing training.
         """
-        source = self._fresh_loader() if data is None else data
+        source = fresh_loader(self._trainer, self._seed) if data is None else data
         return map(self._moved, iter(source))
 
     def progress(self, items: Iterable[_T], what: str, count: int | None = None) -> Iterable[_T]:
@@ -416,46 +408,6 @@ class Pass:
             return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
         return apply_to_collection(batch, Tensor, cast)
-
-    def _fresh_loader(self) -> DataLoader[Any]:
-        """A loader like the Trainer's, with an iterator and an order of its own.
-
-        It has workers where that one has, so that data sets are used where they are in training.
-        """
-        loader: Any = self._trainer.train_dataloader
-        plain = (
-            isinstance(loader, DataLoader)
-            and not isinstance(loader.dataset, IterableDataset)
-            and type(loader.batch_sampler) is BatchSampler
-            and isinstance(loader.sampler, RandomSampler | SequentialSampler | DistributedSampler)
-            and all(getattr(type(loader), name) is getattr(DataLoader, name) for name in _READING)
-        )
-        if not plain:
-            raise MisconfigurationException(
-                f"the training data is a {type(loader).__name__} of a kind that cannot be read "
-                "without disturbing training (an iterable data set, a sampler of its own, several "
-                "loaders, or no DataLoader); give data=, batches or a loader just for scoring."
-            )
-        in_order = isinstance(loader.sampler, SequentialSampler)
-        sampler: DistributedSampler[Any] = DistributedSampler(
-            loader.dataset,
-            **(self._trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}),
-            shuffle=getattr(loader.sampler, "shuffle", not in_order),
-            seed=self._seed % 2**31,
-        )
-        return DataLoader(
-            loader.dataset,
-            batch_size=loader.batch_size,
-            sampler=sampler,
-            collate_fn=loader.collate_fn,
-            drop_last=loader.drop_last,
-            generator=torch.Generator().manual_seed(self._seed),
-            num_workers=loader.num_workers,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-            prefetch_factor=loader.prefetch_factor,
-            timeout=loader.timeout,
-        )
 
 
 @contextmanager

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from lightning_sparsity.core.layer import Layer
-from lightning_sparsity.lottery import IMP, run_imp
+from lightning_sparsity.lottery import run_imp
+from lightning_sparsity.lottery.imp import IMP
 from lightning_sparsity.testing import quiet_trainer
 
 (CASE,) = (

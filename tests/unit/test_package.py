@@ -62,7 +62,7 @@ def test_pure_modules_do_not_know_lightning(path: Path) -> None:
     knows = {
         "callbacks",
         "core",
-        "lottery.py",
+        "lottery",
         "metrics.py",
         "monitors",
         "monitors.py",

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lightning_sparsity.core import storage as storage_module
 from lightning_sparsity.core.filters import Candidate, candidates, linear_and_conv, select
+from lightning_sparsity.core.layer_time import Load, measure
 from lightning_sparsity.core.masks import Masks
 from lightning_sparsity.core.parameter import SparseParameter
-from lightning_sparsity.core.storage import Choice, Load, Storage, measure
+from lightning_sparsity.core.storage import Choice, Storage
 from lightning_sparsity.structures import Unstructured
 
 

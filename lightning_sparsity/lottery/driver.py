@@ -1,16 +1,8 @@
-"""Lottery tickets, one training per round, each by a Trainer of its own.
-
-:func:`run_imp` is the driver of iterative magnitude pruning: it trains, prunes, sends back and
-trains again, and keeps everything in a folder, so that it goes on where it was stopped.
-:class:`~lightning_sparsity.LotteryTicket` does the same inside one ``fit``.
-"""
+"""The rounds of a call, and their files."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,20 +21,17 @@ from lightning_sparsity.core.files import is_whole, save, whole
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.isolation import seed_all
 from lightning_sparsity.core.keeper import MaskKeeper
-from lightning_sparsity.core.layer import Distribution, Layers, call_of
-from lightning_sparsity.core.method import Share
-from lightning_sparsity.core.numbers import plain
+from lightning_sparsity.core.layer import Distribution, call_of
 from lightning_sparsity.core.plan import assign
 from lightning_sparsity.core.randomness import default_seed, generator, rng_state, set_rng_state
 from lightning_sparsity.core.shards import whole as gathered
 from lightning_sparsity.core.snapshot import copied
 from lightning_sparsity.core.state import mask_weights, replace_masks
-from lightning_sparsity.core.window import check_moment, resolve
-from lightning_sparsity.distributions import fixes_total, global_by
-from lightning_sparsity.rules import drop
-from lightning_sparsity.schedules import exponential
-from lightning_sparsity.scores import magnitude
-from lightning_sparsity.structures import NM, Structure
+from lightning_sparsity.core.window import check_moment
+from lightning_sparsity.lottery.imp import IMP
+from lightning_sparsity.lottery.saver import Saver
+from lightning_sparsity.lottery.ticket import Round, Ticket
+from lightning_sparsity.structures import Structure
 
 Treatment = Literal["rewind", "learning_rate", "reinitialize"]
 
@@ -183,195 +172,6 @@ def run_imp(
     return [driver.round(number) for number in range(callback.rounds + 1)]
 
 
-@dataclass(frozen=True, eq=False)
-class Ticket:
-    """A sparse network before it is trained.
-
-    Args:
-        masks: By plain parameter name: bool, shape of the parameter, True = live.
-        weights: A ``state_dict`` of the module, zero off the masks.
-    """
-
-    masks: Mapping[str, Tensor]
-    weights: Mapping[str, Tensor]
-
-    @property
-    def live(self) -> int:
-        """Number of live weights."""
-        return sum(int(mask.count_nonzero()) for mask in self.masks.values())
-
-    @property
-    def density(self) -> float:
-        """Live share of the sparse weights."""
-        return self.live / sum(mask.numel() for mask in self.masks.values())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Ticket:
-        """Read a ticket from its file."""
-        return cls(**torch.load(path, map_location="cpu", weights_only=True))
-
-    def save(self, path: str | Path) -> None:
-        """Write a file of plain tensors, whole or not at all."""
-        save({"masks": dict(self.masks), "weights": dict(self.weights)}, Path(path))
-
-
-@dataclass(frozen=True)
-class Round:
-    """A finished round of :func:`run_imp`.
-
-    Args:
-        number: 0 is the dense one.
-        live: Live weights.
-        density: Live share of the sparse weights.
-        metrics: What the Trainer's ``callback_metrics`` were at the end.
-        directory: Its folder.
-    """
-
-    number: int
-    live: int
-    density: float
-    metrics: Mapping[str, float]
-    directory: Path
-
-    @property
-    def ticket(self) -> Ticket:
-        """What the round has trained, read from its file."""
-        return Ticket.load(self.directory / "ticket.pt")
-
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        """The ``state_dict`` after the training, zero off the masks, read from its file."""
-        trained = torch.load(self.directory / "trained.pt", map_location="cpu", weights_only=True)
-        weights: dict[str, Tensor] = trained["weights"]
-        return weights
-
-
-class IMP(MaskCallback):
-    """Holds the masks of a round, and prunes them after it; :func:`run_imp` adds it.
-
-    The first round is dense; the masks of the others come with the checkpoint that they start
-    from.
-
-    Args:
-        rounds: As for :func:`run_imp`, like all others.
-        density: See there.
-        drop_fraction: See there.
-        distribution: See there.
-        include: See there.
-        exclude: See there.
-        structure: See there.
-        seed: See there.
-    """
-
-    def __init__(
-        self,
-        *,
-        rounds: int | None = None,
-        density: float | Sequence[float] | None = None,
-        drop_fraction: float | None = None,
-        distribution: Mapping[str, float] | Distribution | None = None,
-        include: Selection = linear_and_conv,
-        exclude: Selection = (),
-        structure: Structure | None = None,
-        seed: int | None = None,
-    ) -> None:
-        self.densities: tuple[float, ...] | None = None
-        if isinstance(density, Sequence) and not isinstance(density, str):
-            self.densities = self._falling(density, rounds)
-            rounds, density = len(self.densities), self.densities[-1]
-        self._check_count("rounds", rounds)
-        assert rounds is not None
-        self.rounds = plain(rounds)
-        by_name = isinstance(distribution, Mapping) or (
-            distribution is not None and fixes_total(distribution)
-        )
-        fixed = by_name or isinstance(structure, NM)
-        if drop_fraction is None and density is None and not fixed:
-            drop_fraction = 0.2
-        if drop_fraction is not None:
-            self._check_number("drop_fraction", drop_fraction, 0, 1, inside=True)
-            if density is not None or fixed:
-                raise ValueError(
-                    f"run_imp(drop_fraction={drop_fraction!r}): density, densities by name and "
-                    "patterns say themselves how much is pruned; leave one of the two out."
-                )
-        self.drop_fraction = drop_fraction
-        super().__init__(
-            density=density,
-            distribution=distribution,
-            default_distribution=global_by(magnitude),
-            initial=drop(magnitude),
-            ramp=None if drop_fraction is not None else exponential,
-            include=include,
-            exclude=exclude,
-            structure=structure,
-            seed=seed,
-            role="initial",
-        )
-
-    def _falling(self, density: Sequence[float], rounds: int | None) -> tuple[float, ...]:
-        """The densities of all rounds, checked."""
-        for value in density:
-            self._check("density", value, low_open=True)
-        densities = tuple(plain(value) for value in density)
-        falls = all(later <= sooner for sooner, later in itertools.pairwise(densities))
-        if not densities or not falls:
-            raise ValueError(
-                f"run_imp(density={density!r}): densities of the rounds must fall, such as "
-                "[0.5, 0.2, 0.1]."
-            )
-        if rounds is not None and rounds != len(densities):
-            raise ValueError(
-                f"run_imp(rounds={rounds!r}, density={density!r}): {len(densities)} densities are "
-                f"for {len(densities)} rounds; leave rounds out."
-            )
-        return densities
-
-    @property
-    def _name(self) -> str:
-        return "run_imp"
-
-    @property
-    def ramps(self) -> bool:
-        """No: the density changes from round to round, not in one."""
-        return False
-
-    def begin(self, layers: Layers, share: Share) -> Layers:
-        """Begin dense."""
-        self._budget.check_found(layers, share)
-        return layers
-
-    def prune(self, layers: Layers, turn: int) -> Layers:
-        """Prune after a round.
-
-        Args:
-            layers: All layers, trained, with the masks of the round.
-            turn: Number of this pruning, from 1.
-
-        Returns:
-            The layers with the masks of the next round.
-        """
-        sizes = {layer.name: layer.size for layer in layers}
-        share = Share(tuple(sizes), (sum(sizes.values()),), 0, found=False, start=sizes)
-        left = self._left(layers, turn)
-        if left is None:
-            budget = self._budget.on_the_way(layers, share, turn / self.rounds)
-        else:
-            here = dataclasses.replace(self._budget, density=left, ramp=None)
-            budget = here.first(layers, share)
-        return drop(magnitude)(layers, budget, turn / self.rounds)
-
-    def _left(self, layers: Layers, turn: int) -> float | None:
-        """The density after a pruning, where rounds do not prune equal shares up to the last."""
-        if self.densities is not None:
-            return self.densities[turn - 1]
-        if self.drop_fraction is None:
-            return None
-        live = sum(layer.live for layer in layers)
-        dropped = math.ceil(round(self.drop_fraction * live, 9))
-        return max(live - dropped, 1) / sum(layer.size for layer in layers)
-
-
 @dataclass
 class _Driver:
     """The rounds of one call of :func:`run_imp`, and their files.
@@ -430,7 +230,7 @@ class _Driver:
             return finished
         trainer = self._trainer()
         start = self._start(number, trainer)
-        saver = _Saver(self.folder(number), self.rewind, self.rewind_to, self.save_every)
+        saver = Saver(self.folder(number), self.rewind, self.rewind_to, self.save_every)
         trainer.callbacks.append(saver)  # type: ignore[attr-defined]
         module = self.make_module()
         trainer.fit(module, self.data, ckpt_path=start)
@@ -571,99 +371,6 @@ class _Driver:
         """The checkpoint of round 0 to go back to."""
         found: dict[str, Any] = torch.load(self.rewind, map_location="cpu", weights_only=True)
         return found
-
-
-class _Saver(Checkpoint):
-    """Writes the resume points of a round and, in round 0, what later ones go back to.
-
-    Args:
-        directory: Of the round.
-        rewind: The checkpoint that later rounds go back to.
-        rewind_to: When that is; a step or a fraction of the round.
-        every: Optimizer steps between resume points, or "epoch".
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        rewind: Path,
-        rewind_to: int | float,
-        every: int | Literal["epoch"],
-    ) -> None:
-        self.directory = directory
-        self.rewind = rewind
-        self.rewind_to = rewind_to
-        self.every = every
-        self._moment = 0
-        self._remembers = False
-        self._latest = -1
-        self._rng: dict[str, Any] = {}
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the random numbers before the loader draws some, which a resumed run does too."""
-        self._rng = rng_state()
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep what the very first round starts from."""
-        start = self.directory / "start.ckpt"
-        begun = is_whole(start) or trainer.ckpt_path is not None
-        self._remembers = is_whole(self.rewind)
-        if not self._remembers:
-            try:
-                self._moment = resolve(self.rewind_to, trainer.estimated_stepping_batches)
-            except ValueError as error:
-                raise MisconfigurationException(
-                    f"run_imp(rewind_to={self.rewind_to!r}): {error}"
-                ) from None
-        if not begun:
-            keeper = MaskKeeper.of(trainer)
-            if trainer.is_global_zero and keeper is not None and keeper.masks is not None:
-                masks = {kept.name: gathered(kept.mask).cpu().clone() for kept in keeper.masks}
-                Ticket(masks, copied(pl_module.state_dict())).save(self.directory / "ticket.pt")
-            self._save_before_data(trainer, start)
-        self._latest = trainer.global_step
-        if not self._remembers and self._moment == 0:
-            self._save_before_data(trainer, self.rewind)
-            self._remembers = True
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Keep what later rounds go back to; keep a resume point, if it is time."""
-        self._remember(trainer)
-        step = trainer.global_step
-        if self.every == "epoch" or step == self._latest or step % self.every:
-            return
-        epochs = trainer.max_epochs or -1
-        if not (trainer.is_last_batch and trainer.current_epoch + 1 == epochs):
-            self._save_point(trainer)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep a resume point, unless this was the last epoch."""
-        if self.every == "epoch" and not trainer.fit_loop.done:
-            self._save_point(trainer)
-
-    def _save_point(self, trainer: pl.Trainer) -> None:
-        self._latest = trainer.global_step
-        if self._remembers:  # before that, a round begins again
-            self._save(trainer, self.directory / "last.ckpt")
-
-    def _remember(self, trainer: pl.Trainer) -> None:
-        if not self._remembers and trainer.global_step >= self._moment:
-            self._save(trainer, self.rewind)
-            self._remembers = True
-
-    def _save_before_data(self, trainer: pl.Trainer, path: Path) -> None:
-        """Write a checkpoint of the moment before the loader has drawn anything."""
-        now = rng_state()
-        set_rng_state(self._rng)
-        self._save(trainer, path)
-        set_rng_state(now)
-
-    @staticmethod
-    def _save(trainer: pl.Trainer, path: Path) -> None:
-        """Write a checkpoint; every process takes part."""
-        with whole(path, here=trainer.is_global_zero) as unfinished:
-            trainer.save_checkpoint(unfinished, weights_only=False)
-        trainer.strategy.barrier("run_imp")
 
 
 def _kept(checkpoint: dict[str, Any]) -> dict[str, Any]:
