@@ -624,6 +624,14 @@ class Engine:
                 # the next method may have begun to gather in this step
                 self.masks[name].slots = {} if gatherer == run.key else dict(fresh)
 
+    def update(self, method: object) -> None:
+        """Run an update that a method asks for, between two batches."""
+        runs = [run for run in self.runs if run.method is method]
+        for run in runs:
+            self._update(run)
+        if self.storage is not None:
+            self.storage.settle([name for run in runs for name in run.names])
+
     def _update(self, run: Run) -> None:
         run.updates += 1
         layers = {layer.name: layer for layer in self._layers(run)}

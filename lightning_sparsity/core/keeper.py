@@ -77,6 +77,16 @@ class MaskKeeper(Callback):
         """Every method at work, once per optimizer; read only."""
         return () if self._engine is None else tuple(self._engine.runs)
 
+    def update(self, method: Callback) -> None:
+        """Run an update of a method whose window is :class:`~.core.window.Asked`.
+
+        Args:
+            method: The callback, which may ask before a batch, in ``on_train_batch_start``.
+        """
+        if (model := self._model()) is not None:
+            reshard(model)  # the validation was a pass
+        self._running.update(method)
+
     # ------------------------------------------------------------------ start and end
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

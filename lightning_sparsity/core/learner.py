@@ -11,11 +11,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import Protocol, runtime_checkable
 
 from lightning_sparsity.core.effective import EffectiveWeight
 from lightning_sparsity.core.layer import Layer, Layers

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 from torch import Tensor
+from typing_extensions import Protocol, runtime_checkable
 
 from lightning_sparsity.core.capture import Statistic
 from lightning_sparsity.core.filters import Selection

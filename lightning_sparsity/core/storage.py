@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import Protocol, runtime_checkable
 
 from lightning_sparsity.core.capture import Hook
 from lightning_sparsity.core.compressed import CompressedWeight, reason_to_stay_dense

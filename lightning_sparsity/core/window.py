@@ -162,6 +162,18 @@ class Ends(Window):
 
 
 @dataclass(frozen=True)
+class Asked(Window):
+    """A window in which nothing is due by itself: the method asks for every update.
+
+    See :meth:`~lightning_sparsity.core.keeper.MaskKeeper.update`.
+    """
+
+    def resolve(self, total: float, arrives: bool = False) -> Steps:
+        """This window in steps; see :class:`Window`."""
+        return replace(super().resolve(total, arrives), asked=True)
+
+
+@dataclass(frozen=True)
 class Steps:
     """A :class:`Window` in optimizer steps, counted from 1.
 
@@ -170,12 +182,14 @@ class Steps:
         start: First step.
         end: Last step.
         arrives: Whether an update is due at ``end`` in any case.
+        asked: Whether the method asks for every update, and none is due by itself.
     """
 
     every: Interval
     start: int
     end: int
     arrives: bool = False
+    asked: bool = False
 
     @property
     def epochs(self) -> int | None:
@@ -186,7 +200,7 @@ class Steps:
 
     def counts(self, epoch: int) -> bool:
         """Whether the interval is one of epochs and ends with ``epoch``, counted from 0."""
-        return self.epochs is not None and (epoch + 1) % self.epochs == 0
+        return self.epochs is not None and not self.asked and (epoch + 1) % self.epochs == 0
 
     def due(self, step: int, last_of_epoch: bool = False) -> bool:
         """Whether an update follows optimizer step ``step``.
@@ -195,7 +209,7 @@ class Steps:
             step: Counted from 1.
             last_of_epoch: Whether it is the last of an epoch that counts.
         """
-        if not max(self.start, 1) <= step <= self.end:
+        if self.asked or not max(self.start, 1) <= step <= self.end:
             return False
         if self.arrives and step == self.end:
             return True
@@ -213,6 +227,8 @@ class Steps:
             total: Its optimizer steps.
             epochs: Its epochs.
         """
+        if self.asked:
+            return self.start <= min(self.end, total)
         first: float = self.start or self.every if _in_steps(self.every) else max(self.start, 1)
         if self.epochs is not None and self.epochs > epochs:
             first = math.inf

@@ -316,7 +316,7 @@ ARGUMENTS: dict[str, Kind] = {
     "L0.structure": STRUCTURE.but((NM(2, 4), ValueError)).or_(Rows()),
     "LotteryTicket.rounds": count(),
     "LotteryTicket.round_epochs": count(),
-    "LotteryTicket.rewind_to": moment().but((1.0, ValueError)),
+    "LotteryTicket.rewind_to": count(0).without(1, np.int64(1)).but((1, ValueError)),
     "LotteryTicket.treatment": choice("rewind", "learning_rate", "fine_tune"),
     "MEST.mutation": fraction_or_curve(-0.5),
     "MEST.soft": FLAG,

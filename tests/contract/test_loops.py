@@ -68,7 +68,7 @@ ARRIVES = {
     "OptG": 16,
     "DSD": 16,
     "MovementPruning": 17,
-    "LotteryTicket": 16,
+    "LotteryTicket": 17,
 }
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from typing_extensions import get_protocol_members
 
 from lightning_sparsity import (
     GMP,
@@ -27,6 +28,8 @@ from lightning_sparsity import (
     inverse_power,
     linear,
 )
+from lightning_sparsity.core.method import Method
+from lightning_sparsity.core.storage import StoragePolicy
 from lightning_sparsity.rules import chain, drop, grow
 from lightning_sparsity.scores import gradient, magnitude, momentum, random
 from lightning_sparsity.testing import Batch, Batches, ManualModel, Result, TinyModel, fit
@@ -257,3 +260,14 @@ def test_patterns_say_what_they_do_not_select() -> None:
 def test_manual_optimization_names_one_budget() -> None:
     made = RigL(0.3, update_interval=4, update_end=18)
     assert fit([made], ManualModel).live == round(0.3 * NUMEL)
+
+
+def test_properties_of_other_callbacks_are_not_asked() -> None:
+    def asked(self: Any) -> Any:
+        raise RuntimeError("a property was asked")
+
+    names = {name for kind in (Method, StoragePolicy) for name in get_protocol_members(kind)}
+    assert {"update", "density", "layout"} <= names
+    body = {name: property(asked) for name in names - {"exclude"}}
+    stranger = type("Stranger", (Callback,), body)()
+    assert fit([RigL(0.5, update_interval=4), stranger]).live == 1092

@@ -51,7 +51,7 @@ def test_version_is_that_of_the_installed_package() -> None:
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_only_declared_packages_are_needed(path: Path) -> None:
     roots = {name.partition(".")[0] for name in imports(path)}
-    allowed = {"torch", "torchmetrics", "lightning", "lightning_sparsity"}
+    allowed = {"torch", "torchmetrics", "lightning", "typing_extensions", "lightning_sparsity"}
     if relative(path) == "export/compact.py":
         allowed.add("safetensors")  # inside a function, with an error that names the extra
     assert roots - sys.stdlib_module_names <= allowed

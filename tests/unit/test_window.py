@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from lightning_sparsity import epochs
-from lightning_sparsity.core.window import Ends, Steps, Window, check_moment, is_time, resolve
+from lightning_sparsity.core.window import (
+    Asked,
+    Ends,
+    Steps,
+    Window,
+    check_moment,
+    is_time,
+    resolve,
+)
 
 
 def due(steps, until=40):
@@ -220,3 +228,13 @@ def test_moments_of_a_round():
     for bad in (True, None, "end"):
         with pytest.raises(TypeError, match=r"^f\(x=\): must be an optimizer step"):
             check_moment("f(x=)", bad)
+
+
+@pytest.mark.parametrize("every", [1, 5, "epoch", epochs(2)])
+def test_nothing_is_due_where_the_method_asks(every):
+    steps = Asked(every, 0, 1.0).resolve(20, arrives=True)
+    assert (steps.start, steps.end) == (0, 20)
+    assert not any(steps.due(step, last_of_epoch=True) for step in range(25))
+    assert not any(steps.counts(epoch) for epoch in range(5))
+    assert steps.opens(20, epochs=1)
+    assert not dataclasses.replace(steps, start=21).opens(20)

@@ -16,7 +16,7 @@ from lightning_sparsity.core.layer import Distribution, Layers
 from lightning_sparsity.core.method import Share
 from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.core.snapshot import put_back, take
-from lightning_sparsity.core.window import check_moment, epochs
+from lightning_sparsity.core.window import Asked
 from lightning_sparsity.distributions import global_by
 from lightning_sparsity.rules import drop
 from lightning_sparsity.schedules import exponential
@@ -29,28 +29,30 @@ _TREATMENTS = ("rewind", "learning_rate", "fine_tune")
 class LotteryTicket(MaskCallback):
     r"""Iterative magnitude pruning with rewinding (Frankle and Carbin, 2019, arXiv:1803.03635).
 
-    One ``fit`` is ``rounds + 1`` trainings of ``round_epochs`` epochs each. After each but the
-    last, the weights of smallest magnitude of the whole network are pruned, every time the
-    same share of what is left, so that the last training has the density asked for. Then,
+    One ``fit`` is ``rounds + 1`` trainings. After each but the last, when it has been validated
+    and saved, the weights of smallest magnitude of the whole network are pruned, every time
+    the same share of what is left, so that the last training has the density asked for. Then,
     by ``treatment``,
 
     - "rewind": weights, buffers, optimizer state and the schedule of the learning rate go back
-      to what they were after ``rewind_to`` steps of the first training (0: the original
+      to what they were after ``rewind_to`` epochs of the first training (0: the original
       lottery ticket; later: Frankle et al., 2020, arXiv:1912.05671);
-    - "learning_rate": weights stay, the optimizer and its schedule go back (Renda et al., 2020);
+    - "learning_rate": weights stay, the optimizer and its schedule go back (Renda et al., 2020,
+      arXiv:2003.02389);
     - "fine_tune": nothing goes back.
 
-    A schedule of the learning rate must span one round, not the whole ``fit``; one that is put
-    in its place on the way, as by weight averaging, is left alone. Data go on: a later round
-    sees other shuffles than the first.
+    The first training has ``round_epochs`` epochs; the others go on from epoch ``rewind_to`` and
+    have that many less. So a schedule of the learning rate must span one round (with "fine_tune",
+    the whole ``fit``); one that is put in its place on the way, as by weight averaging, is left
+    alone. Data go on: a later round sees other shuffles than the first. To go back to a step in
+    the middle of an epoch, use :func:`~lightning_sparsity.lottery.run_imp`.
 
     Args:
         density: Live share of all sparse weights in the last round, in (0, 1].
         rounds: Prunings, at least 1; 1 is one-shot pruning.
-        round_epochs: Epochs of one training, at least 1. ``Trainer(max_epochs=...)`` must be
-            ``(rounds + 1) * round_epochs``.
-        rewind_to: Optimizer step of the first training (int), or fraction of a round
-            (float in [0, 1)).
+        round_epochs: Epochs of the first training, at least 1. ``Trainer(max_epochs=...)`` must
+            be ``round_epochs + rounds * (round_epochs - rewind_to)``.
+        rewind_to: Epochs of the first training to go back to, from 0 to ``round_epochs - 1``.
         treatment: "rewind", "learning_rate" or "fine_tune".
         distribution: How ``density`` is split over layers, or densities by name pattern;
             default: all layers are ranked together.
@@ -65,7 +67,8 @@ class LotteryTicket(MaskCallback):
 
     Example::
 
-        Trainer(max_epochs=60, callbacks=[LotteryTicket(density=0.1, rounds=5, round_epochs=10)])
+        ticket = LotteryTicket(density=0.1, rounds=5, round_epochs=10, rewind_to=1)
+        Trainer(max_epochs=10 + 5 * 9, callbacks=[ticket])
     """
 
     entrywise = True
@@ -76,7 +79,7 @@ class LotteryTicket(MaskCallback):
         *,
         rounds: int = 1,
         round_epochs: int = 1,
-        rewind_to: int | float = 0,
+        rewind_to: int = 0,
         treatment: Literal["rewind", "learning_rate", "fine_tune"] = "rewind",
         distribution: Mapping[str, float] | Distribution | None = None,
         include: Selection = linear_and_conv,
@@ -86,10 +89,20 @@ class LotteryTicket(MaskCallback):
     ) -> None:
         self._check_count("rounds", rounds)
         self._check_count("round_epochs", round_epochs)
-        check_moment(f"LotteryTicket(rewind_to={rewind_to!r})", plain(rewind_to))
+        self._check_count("rewind_to", rewind_to, least=0)
         if treatment not in _TREATMENTS:
             raise ValueError(
                 f"LotteryTicket(treatment={treatment!r}): must be one of {', '.join(_TREATMENTS)}."
+            )
+        if rewind_to >= round_epochs:
+            raise ValueError(
+                f"LotteryTicket(rewind_to={rewind_to!r}, round_epochs={round_epochs!r}): must be "
+                f"an epoch of the first round, from 0 to {round_epochs - 1}."
+            )
+        if treatment == "fine_tune" and rewind_to:
+            raise ValueError(
+                f'LotteryTicket(treatment="fine_tune", rewind_to={rewind_to!r}): nothing goes '
+                "back in fine-tuning; leave rewind_to out."
             )
         self.rounds = plain(rounds)
         self.round_epochs = plain(round_epochs)
@@ -103,13 +116,12 @@ class LotteryTicket(MaskCallback):
             initial=drop(magnitude),
             update=drop(magnitude),
             ramp=exponential,
-            update_interval=epochs(round_epochs),
-            update_end=1.0,
             include=include,
             exclude=exclude,
             structure=structure,
             seed=seed,
         )
+        self.window = Asked()
 
     def _forget(self) -> None:
         self._begun = 0
@@ -131,8 +143,7 @@ class LotteryTicket(MaskCallback):
     def update(self, layers: Layers, share: Share, progress: float) -> Layers:
         """Prune to the density of the next round."""
         assert self.rule is not None
-        turn = min(self._begun + 1, self.rounds)
-        budget = self._budget.on_the_way(layers, share, turn / self.rounds)
+        budget = self._budget.on_the_way(layers, share, self._begun / self.rounds)
         return self.rule(layers, budget, progress)
 
     # ------------------------------------------------------------------------- rounds
@@ -143,52 +154,48 @@ class LotteryTicket(MaskCallback):
         if self._model() is not pl_module:
             self._forget()
             self._model = weakref.ref(pl_module)
-        needed = (self.rounds + 1) * self.round_epochs
+        later = self.round_epochs - self.rewind_to
+        needed = self.round_epochs + self.rounds * later
         dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         if stage == "fit" and trainer.max_epochs != needed and not dev_run:
             raise MisconfigurationException(
-                f"LotteryTicket(rounds={self.rounds}, round_epochs={self.round_epochs}) trains "
-                f"{self.rounds + 1} times {self.round_epochs} epochs: give "
-                f"Trainer(max_epochs={needed}), not {trainer.max_epochs}."
+                f"LotteryTicket(rounds={self.rounds}, round_epochs={self.round_epochs}, "
+                f"rewind_to={self.rewind_to}) trains {self.round_epochs} epochs and then "
+                f"{self.rounds} times {later}: give Trainer(max_epochs={needed}), not "
+                f"{trainer.max_epochs}."
             )
-
-    def on_masks_ready(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, keeper: MaskKeeper
-    ) -> None:
-        """Remember where to rewind to, if that is the start."""
-        super().on_masks_ready(trainer, pl_module, keeper)
-        self._remember(trainer, pl_module)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
-    ) -> None:
-        """Remember where to rewind to, if this is it."""
-        self._remember(trainer, pl_module)
-
-    def _remember(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._snapshot is not None or self._begun or self.treatment == "fine_tune":
-            return
-        moment = self.rewind_to
-        if isinstance(moment, float):
-            moment = round(moment * trainer.estimated_stepping_batches / (self.rounds + 1))
-        if trainer.global_step >= moment:
-            self._snapshot = take(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
     ) -> None:
-        """Begin the next round at its first batch: go back, and zero what was pruned.
+        """Remember where to rewind to; begin the next round, when the last one was validated.
 
-        Not at the start of its epoch, which a run that is resumed there does not see.
+        Not at the start of an epoch, which a run that is resumed there does not see.
+
+        Raises:
+            MisconfigurationException: If training goes on from a dense one that was past the
+                epoch to go back to.
         """
-        turn = trainer.current_epoch // self.round_epochs
         keeper = MaskKeeper.of(trainer)
-        if turn <= self._begun or keeper is None or keeper.masks is None:
+        assert keeper is not None
+        assert keeper.masks is not None
+        epoch = trainer.current_epoch
+        later = self.round_epochs - self.rewind_to
+        turn = max(0, 1 + (epoch - self.round_epochs) // later)
+        if self._snapshot is None and self.treatment != "fine_tune" and epoch >= self.rewind_to:
+            if epoch > self.rewind_to:
+                raise MisconfigurationException(
+                    f"LotteryTicket(rewind_to={self.rewind_to}): training goes on in epoch "
+                    f"{epoch}, and what it was in epoch {self.rewind_to} is not known. Begin "
+                    "anew, or go back to a later epoch."
+                )
+            self._snapshot = take(trainer, pl_module)
+        if turn <= self._begun:
             return
         self._begun = turn
+        keeper.update(self)
         if self._snapshot is not None:
-            rewinds = self.treatment == "rewind"
-            put_back(self._snapshot, trainer, pl_module, weights=rewinds)
+            put_back(self._snapshot, trainer, pl_module, weights=self.treatment == "rewind")
         for optimizer in trainer.optimizers:
             keeper.masks.enforce(keeper.masks, optimizer)
 
@@ -198,11 +205,9 @@ class LotteryTicket(MaskCallback):
         dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         if dev_run or keeper is None or keeper.masks is None:
             return
-        mine = [run for run in keeper.runs if id(run.method) == id(self) and run.owner.optimizer]
-        # a round of few steps may end without one, and the next prunes for both
-        pruned = max(self._begun, min((run.updates for run in mine), default=self.rounds))
-        if pruned < self.rounds:
-            when = f"after {pruned} of {self.rounds} prunings"
+        if self._begun < self.rounds:
+            mine = [run for run in keeper.runs if id(run.method) == id(self)]
+            when = f"after {self._begun} of {self.rounds} prunings"
             self._warn_of_stop(keeper.masks, mine, when)
 
     # -------------------------------------------------------------------------- state
