@@ -18,6 +18,9 @@ from lightning_sparsity.rules import drop
 from lightning_sparsity.scores import random, without_gradient
 from lightning_sparsity.structures import Unstructured
 
+FOUND = "found"
+"""Slot with the mask that an earlier method made; where there is none, all weights were live."""
+
 _RECENT = 100
 
 
@@ -224,31 +227,38 @@ def spread_inputs(layers: Layers, budget: Budget, progress: float) -> Layers:
 
 @without_gradient
 def shuffle_within_layers(layers: Layers, budget: Budget, progress: float) -> Layers:
-    """Draw the places of each layer's live units at random; their number stays.
+    """Draw the places of each layer's live units among all that were live; their number stays.
 
     A control for methods that choose places by a score (Frankle et al., 2021).
     """
 
     def shuffled(layer: Layer) -> Layer:
-        whole = dataclasses.replace(layer, mask=torch.ones_like(layer.mask))
-        return drop(random)([whole], [layer.live], 0.0)[0]
+        before = dataclasses.replace(layer, mask=_found(layer))
+        return drop(random)([before], [layer.live], 0.0)[0]
 
     return [layer if layer.live == layer.size else shuffled(layer) for layer in layers]
 
 
 @without_gradient
 def redraw(layers: Layers, budget: Budget, progress: float) -> Layers:
-    """Deal the values of each layer that has zeros out anew, over all of its weights.
+    """Deal the values of each layer that has zeros out anew, over all weights that were live.
 
     A control (Frankle et al., 2021): another draw from the distribution of its start values.
     """
 
     def dealt(layer: Layer) -> Layer:
-        order = torch.randperm(layer.weight.numel(), generator=layer.generator)
-        values = layer.weight.reshape(-1)[order.to(layer.weight.device)]
-        return dataclasses.replace(layer, weight=values.reshape(layer.shape))
+        before = _found(layer)
+        values = layer.weight[before]
+        order = torch.randperm(len(values), generator=layer.generator).to(values.device)
+        return dataclasses.replace(layer, weight=layer.weight.masked_scatter(before, values[order]))
 
     return [layer if layer.live == layer.size else dealt(layer) for layer in layers]
+
+
+def _found(layer: Layer) -> Tensor:
+    """The weights that were live before the method at work pruned any."""
+    found = layer.slots.get(FOUND)
+    return torch.ones_like(layer.mask) if found is None else found
 
 
 def _spread(layer: Layer, count: int) -> Layer:

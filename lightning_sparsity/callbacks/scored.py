@@ -27,7 +27,7 @@ from lightning_sparsity.core.view import LossFunction, ModelView, Pass
 from lightning_sparsity.distributions import fixes_total, global_by
 from lightning_sparsity.rules import chain, drop, forget
 from lightning_sparsity.scores import slot
-from lightning_sparsity.starts import redraw, shuffle_within_layers
+from lightning_sparsity.starts import FOUND, redraw, shuffle_within_layers
 from lightning_sparsity.structures import Structure
 
 _SCORE = "score"
@@ -49,8 +49,9 @@ class ScoredStart(MaskCallback):
         loss_fn: ``loss_fn(pl_module, batch)`` gives the loss; None: ``training_step`` does.
         mode: "train" or "eval": of all modules in the pass.
         shuffle: A control (Frankle et al., 2021): the places of each layer's live weights are
-            drawn at random.
-        reinitialize: Another control: the values of each layer are dealt out anew.
+            drawn at random, among those that earlier callbacks left.
+        reinitialize: Another control: the values of each layer, as they left it, are dealt out
+            anew over the same weights.
         weight_init: A rule for the start values of the live weights, applied last, such as
             ``approximate_isometry()``; None keeps the model's own.
         include: Which parameters are sparse: names, patterns, module types, callables.
@@ -101,9 +102,10 @@ class ScoredStart(MaskCallback):
         self.data = data
         self.loss_fn = loss_fn
         self.mode: Literal["train", "eval"] = mode
-        place: list[Rule] = [drop(slot(_SCORE)), forget(_SCORE)]
+        place: list[Rule] = [drop(slot(_SCORE))]
         place += [shuffle_within_layers] if shuffle else []
         place += [redraw] if reinitialize else []
+        place += [forget(_SCORE, FOUND)]
         place += [weight_init] if weight_init else []
         super().__init__(
             density=density,
@@ -154,7 +156,8 @@ class ScoredStart(MaskCallback):
         """Score the layers, pruning and scoring again where the method has several rounds."""
         if self.density is None and self.distribution is None:
             return layers  # what is there stays
-        start, found = layers, density_of(layers)
+        start = layers = with_found(layers)
+        found = density_of(layers)
         asked = found if self.density is None else min(self.density, found)
         if fixes_total(self._budget.distribution):
             counts = self._budget.first(layers, share)
@@ -200,6 +203,13 @@ class ScoredStart(MaskCallback):
             raise TypeError(f"{self._name}({name}={value!r}): must be a number above 0.")
         if not 0 < float(value) < math.inf:
             raise ValueError(f"{self._name}({name}={value!r}): must be finite and above 0.")
+
+
+def with_found(layers: Layers) -> Layers:
+    """The layers with the masks that they have in a slot, for the controls."""
+    return [
+        dataclasses.replace(layer, slots={**layer.slots, FOUND: layer.mask}) for layer in layers
+    ]
 
 
 def _raised(layers: Layers, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

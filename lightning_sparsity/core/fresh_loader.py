@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -39,7 +41,7 @@ def fresh_loader(trainer: pl.Trainer, seed: int) -> DataLoader[Any]:
         and not isinstance(loader.dataset, IterableDataset)
         and type(loader.batch_sampler) is BatchSampler
         and isinstance(loader.sampler, RandomSampler | SequentialSampler | DistributedSampler)
-        and all(getattr(type(loader), name) is getattr(DataLoader, name) for name in _READING)
+        and _reads_as_torch(loader)
     )
     if not plain:
         raise MisconfigurationException(
@@ -67,3 +69,20 @@ def fresh_loader(trainer: pl.Trainer, seed: int) -> DataLoader[Any]:
         prefetch_factor=loader.prefetch_factor,
         timeout=loader.timeout,
     )
+
+
+def beside(data: Iterable[Any]) -> Iterable[Any]:
+    """A loader that reads what a loader does, with workers of its own; anything else as it is.
+
+    Args:
+        data: Batches, or a loader that somebody else may be reading.
+    """
+    if not isinstance(data, DataLoader) or not _reads_as_torch(data):
+        return data
+    reader = copy.copy(data)
+    vars(reader).update(_iterator=None, persistent_workers=False)  # it refuses to be changed
+    return reader
+
+
+def _reads_as_torch(loader: DataLoader[Any]) -> bool:
+    return all(getattr(type(loader), name) is getattr(DataLoader, name) for name in _READING)

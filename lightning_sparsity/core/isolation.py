@@ -19,9 +19,11 @@ from torch.utils.data import Dataset
 
 from lightning_sparsity.core.randomness import rng_state, set_rng_state
 
+_Holder = nn.Module | pl.LightningDataModule
 _CONTAINERS = (list, tuple, dict, set, deque, OrderedDict, defaultdict, Counter)
 _LEAVES = (str, bytes, int, float, complex, type(None), type, ModuleType, Tensor, pl.Trainer)
-_LONG = 1000
+_LONG = 1000  # containers
+_LARGE = 1_000_000  # tensors and arrays
 
 
 @contextmanager
@@ -29,21 +31,26 @@ def isolated(model: nn.Module, data: Any, *, dtype: torch.dtype, seed: int) -> I
     """Give a model copies of all that a pass could change, and in the end the originals.
 
     Copied are the parameters, buffers, tensors, arrays and built-in containers that modules
-    have as attributes, also those of modules that only a list or an object holds. Their other
+    and data modules have as attributes, also those of modules that only a list or an object
+    holds; but what is large and reached from the data alone is data, and stays. Their other
     attributes, their hooks and children, the attributes of data sets and the states of random
     generators are put back. Objects of other classes, say a meter, are used as they are.
 
     Args:
         model: The model.
-        data: Its data, for the data sets and random generators in them.
-        dtype: Of the copies of floating-point tensors.
+        data: Its data, for the data modules, modules, data sets and random generators in them.
+        dtype: Of the copies of floating-point tensors; those that the data hold keep theirs.
         seed: Of the random numbers of torch, Python and NumPy. Generators that the model or
             the data hold go on from where they are.
     """
-    reached = within_reach([model, data])
+    reached = within_reach([model])
+    of_model = {id(found) for found in reached}
+    reached += [found for found in within_reach([data]) if id(found) not in of_model]
     modules = [m for m in reached if isinstance(m, nn.Module) and not _is_scripted(m)]
     scripted = [m for m in reached if isinstance(m, nn.Module) and _is_scripted(m)]
-    kept = [(space, dict(space)) for module in modules for space in _spaces(module)]
+    holders: list[_Holder] = [*modules]
+    holders += [found for found in reached if isinstance(found, pl.LightningDataModule)]
+    kept = [(space, dict(space)) for holder in holders for space in _spaces(holder)]
     kept += [(vars(found), dict(vars(found))) for found in reached if isinstance(found, Dataset)]
     undo = [back for found in reached if (back := _rewinding(found)) is not None]
     undo += [_refilling(module) for module in scripted]
@@ -51,13 +58,14 @@ def isolated(model: nn.Module, data: Any, *, dtype: torch.dtype, seed: int) -> I
     copies: dict[int, Any] = {}
     try:
         seed_all(seed)
-        for module in modules:
-            own = {id(space) for space in _spaces(module)}
-            for name, value in list(vars(module).items()):
+        for holder in holders:
+            own = {id(space) for space in _spaces(holder)}
+            kind = dtype if id(holder) in of_model else None
+            for name, value in list(vars(holder).items()):
                 if id(value) not in own:
-                    vars(module)[name] = _copied(value, copies, dtype)
-            if isinstance(module, nn.RNNBase):
-                module.flatten_parameters()  # cuDNN wants them in one block
+                    vars(holder)[name] = _copied(value, copies, kind)
+            if isinstance(holder, nn.RNNBase):
+                holder.flatten_parameters()  # cuDNN wants them in one block
         yield
     finally:
         for space, contents in kept:
@@ -98,9 +106,11 @@ def _inside(value: Any) -> list[Any]:
     return list(getattr(value, "__dict__", {}).values())
 
 
-def _spaces(module: nn.Module) -> list[dict[str, Any]]:
+def _spaces(holder: _Holder) -> list[dict[str, Any]]:
     """The dicts of a module that keep their identity, as others point to them."""
-    names = vars(module)
+    names = vars(holder)
+    if not isinstance(holder, nn.Module):
+        return [names]
     hooks = [v for k, v in names.items() if "_hooks" in k and isinstance(v, dict)]
     return [names, names["_modules"], *hooks]
 
@@ -147,14 +157,32 @@ def _refilling(module: nn.Module) -> Callable[[], Any]:
     return refill
 
 
-def _copied(value: Any, copies: dict[int, Any], dtype: torch.dtype) -> Any:
-    """A copy of a tensor, an array or a container, also of what is in it; else the value."""
+def _is_large(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    if isinstance(value, Tensor):
+        return value.numel() > _LARGE
+    if numpy is not None and isinstance(value, numpy.ndarray):
+        return bool(value.size > _LARGE)
+    return isinstance(value, _CONTAINERS) and len(value) > _LONG
+
+
+def _copied(value: Any, copies: dict[int, Any], dtype: torch.dtype | None) -> Any:
+    """A copy of a tensor, an array or a container, also of what is in it; else the value.
+
+    Args:
+        value: Anything.
+        copies: Those that were made before, by the ``id`` of the original.
+        dtype: Of copies of floating-point tensors; None: their own, and nothing large is copied.
+    """
     if id(value) in copies:
         return copies[id(value)]
+    if dtype is None and _is_large(value):
+        return value
     numpy = sys.modules.get("numpy")
     made = value
     if isinstance(value, Tensor):
-        made = value.detach().clone().to(dtype if value.is_floating_point() else value.dtype)
+        made = value.detach().clone()
+        made = made.to(dtype) if value.is_floating_point() and dtype is not None else made
         if isinstance(value, nn.Parameter):
             made = nn.Parameter(made, requires_grad=made.is_floating_point())
     elif numpy is not None and isinstance(value, numpy.ndarray):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_sparsity.core.filters import plain_name
-from lightning_sparsity.core.fresh_loader import fresh_loader
+from lightning_sparsity.core.fresh_loader import beside, fresh_loader
 from lightning_sparsity.core.isolation import isolated
 from lightning_sparsity.core.layer import Layer, Layers
 from lightning_sparsity.core.lazy_weights import gathered_again, make_lazy
@@ -77,10 +77,10 @@ class ModelView:
         """Work on copies of all parameters and buffers; nothing that happens inside stays.
 
         What is put back or never touched: parameters, gradients, buffers, the training mode of
-        every module, tensors, lists, dicts and numbers that modules have as attributes (the
-        states of metrics, say), and the random numbers of torch, NumPy and Python (see
-        :func:`~lightning_sparsity.core.isolation.isolated`). Logging is silent, autocasting
-        off, ``dtype`` the default, and a compiled module runs eagerly.
+        every module, tensors, lists, dicts and numbers that modules and the data module have as
+        attributes (the states of metrics, say), and the random numbers of torch, NumPy and
+        Python (see :func:`~lightning_sparsity.core.isolation.isolated`). Logging is silent,
+        autocasting off, ``dtype`` the default, and a compiled module runs eagerly.
 
         Args:
             layers: Put their weights, times their masks, into the copy, those of all others
@@ -99,7 +99,7 @@ class ModelView:
         seed = self.seed if seed is None else seed
         trained = {plain_name(n) for n, p in self._module.named_parameters() if p.requires_grad}
         device = next((p.device.type for p in self._module.parameters()), "cpu")
-        data = self._trainer.train_dataloader
+        data = [self._trainer.train_dataloader, self._trainer.datamodule]  # type: ignore[attr-defined]
         with ExitStack() as stack:
             stack.enter_context(isolated(self._module, data, dtype=dtype, seed=seed))
             stack.enter_context(_silent(self._trainer, self._module))
@@ -225,7 +225,7 @@ class Pass:
             MisconfigurationException: If the Trainer's loader cannot be iterated without
                 disturbing training.
         """
-        source = fresh_loader(self._trainer, self._seed) if data is None else data
+        source = fresh_loader(self._trainer, self._seed) if data is None else beside(data)
         return map(self._moved, iter(source))
 
     def progress(self, items: Iterable[_T], what: str, count: int | None = None) -> Iterable[_T]:

@@ -317,7 +317,7 @@ ARGUMENTS: dict[str, Kind] = {
     "LotteryTicket.rounds": count(),
     "LotteryTicket.round_epochs": count(),
     "LotteryTicket.rewind_to": count(0).without(1, np.int64(1)).but((1, ValueError)),
-    "LotteryTicket.treatment": choice("rewind", "learning_rate", "fine_tune"),
+    "LotteryTicket.treatment": choice("rewind", "learning_rate", "reinitialize", "fine_tune"),
     "MEST.mutation": fraction_or_curve(-0.5),
     "MEST.soft": FLAG,
     "MEST.gradient_weight": AT_LEAST_0,

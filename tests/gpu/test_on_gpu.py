@@ -7,25 +7,50 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from methods import METHODS
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from methods import METHODS, expected_live
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sparsity import DensityMonitor
 from lightning_sparsity.ops.masked import apply_gate, gate
 from lightning_sparsity.ops.selection import sample, top_k
-from lightning_sparsity.testing import Result, TinyModel, fit
+from lightning_sparsity.testing import Batch, Batches, Result, TinyModel, fit
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+# One way of looking each: gradients, rounds, second derivatives, float64, steps of training.
+SCORING = ["SNIP", "FORCE", "GraSP", "SynFlow", "ProsPr"]
+
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("name", METHODS)
 def test_budget_is_exact_and_nothing_lives_off_the_mask(name: str, precision: Any) -> None:
     result = fit([METHODS[name](), DensityMonitor()], accelerator="gpu", precision=precision)
-    assert result.live == round(0.3 * 2184)
+    masks = {key: mask.cpu() for key, mask in result.masks.items()}
+    assert result.live == expected_live(name, 0.3, masks)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("name", SCORING)
+def test_a_scoring_pass_leaves_no_trace(name: str, precision: Any) -> None:
+    def run(*callbacks: Callback) -> Result:
+        options: dict[str, Any] = {"accelerator": "gpu", "deterministic": True}
+        return fit(callbacks, data=shuffled(), precision=precision, **options)
+
+    plain, looked = run(), run(METHODS[name](1.0, data=None))
+    assert all(mask.all() for mask in looked.masks.values())
+    looked.masks = {}
+    looked.assert_equal(plain)
+
+
+def shuffled() -> DataLoader[Batch]:
+    """Pictures in an order that the global random numbers decide."""
+    data = Batches()
+    pictures, labels = (torch.cat(part) for part in zip(*data, strict=True))
+    return DataLoader(TensorDataset(pictures, labels), batch_size=8, shuffle=True)
 
 
 @pytest.mark.parametrize("name", ["StaticSparse", "RigL", "SET"])

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_sparsity import DensityMonitor, LotteryTicket, Rows
+from lightning_sparsity import DensityMonitor, LotteryTicket, Rows, SparseCompute
 from lightning_sparsity.testing import Batches, Result, TinyModel, fit
 
 HIDDEN = "net.5.weight"
@@ -162,6 +162,25 @@ def test_fine_tuning_sends_nothing_back() -> None:
     assert steps.momentum[8] is not None
 
 
+@pytest.mark.parametrize("storage", [[], [SparseCompute("csr")]])
+def test_reinitialized_weights_are_those_of_the_start_in_other_places(storage: Any) -> None:
+    steps = Steps()
+    fit([LotteryTicket(0.1, rounds=2, treatment="reinitialize"), *storage, steps], Scheduled)
+    for start in (8, 16):
+        for early, late in zip(sparse(steps.states[0]), sparse(steps.states[start]), strict=True):
+            alive = late != 0
+            drawn = late[alive]
+            assert 0 < len(drawn) < early.numel()
+            assert len(set(drawn.tolist()) - set(early.flatten().tolist())) == 0
+            assert (drawn != early[alive]).float().mean() > 0.8
+        assert steps.rates[start] == steps.rates[0]
+        assert steps.momentum[start] is None
+        assert torch.equal(steps.states[start]["net.5.bias"], steps.states[0]["net.5.bias"])
+    again = [sparse(steps.states[start])[1] for start in (8, 16)]
+    both = (again[0] != 0) & (again[1] != 0)
+    assert (again[0] != again[1])[both].float().mean() > 0.8
+
+
 def test_nothing_else_happens_at_density_one_without_going_back() -> None:
     one = fit([LotteryTicket(1.0, rounds=2, treatment="fine_tune")])
     one.masks = {}
@@ -170,11 +189,17 @@ def test_nothing_else_happens_at_density_one_without_going_back() -> None:
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 @pytest.mark.parametrize("step", [2, 8, 12, 16, 20, 24, 28])
-@pytest.mark.parametrize("rewind_to", [0, 1])
-def test_resume_equals_not_stopping(step: int, rewind_to: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("treatment", "rewind_to"), [("rewind", 0), ("rewind", 1), ("reinitialize", 0)]
+)
+def test_resume_equals_not_stopping(
+    treatment: Any, step: int, rewind_to: int, tmp_path: Path
+) -> None:
     def train(**options: Any) -> Result:
         saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
-        ticket = LotteryTicket(0.1, rounds=2, round_epochs=2, rewind_to=rewind_to)
+        ticket = LotteryTicket(
+            0.1, rounds=2, round_epochs=2, rewind_to=rewind_to, treatment=treatment
+        )
         options = {"max_epochs": 2 + 2 * (2 - rewind_to), **options}
         return fit([ticket, saver], Scheduled, enable_checkpointing=True, **options)
 
@@ -229,6 +254,7 @@ def test_weights_that_nobody_steps_are_pruned_too() -> None:
         ({"rewind_to": "epoch"}, TypeError),
         ({"treatment": "reset"}, ValueError),
         ({"treatment": "fine_tune", "rewind_to": 1, "round_epochs": 2}, ValueError),
+        ({"treatment": "reinitialize", "rewind_to": 1, "round_epochs": 2}, ValueError),
     ],
 )
 def test_bad_arguments(bad: dict[str, Any], error: type[Exception]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,21 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sparsity import SNIP, Magnitude, RigL, Rows, StaticSparse, uniform
+from lightning_sparsity import (
+    FORCE,
+    SET,
+    SNIP,
+    IterSNIP,
+    Magnitude,
+    MaskCallback,
+    NeuralTangentTransfer,
+    RigL,
+    Rows,
+    SparseCompute,
+    StaticSparse,
+    SynFlow,
+    uniform,
+)
 from lightning_sparsity.core.layer import Layer
 from lightning_sparsity.core.view import ModelView
 from lightning_sparsity.testing import Batches, TinyModel, fit, quiet_trainer
@@ -112,6 +128,81 @@ def test_reinitializing_keeps_the_places_only() -> None:
         assert not torch.equal(again.weights[name][mask], plain.weights[name][mask])
 
 
+def output_of(model: Any, batch: Any) -> Tensor:
+    """The logits."""
+    logits: Tensor = model.net(batch[0])
+    return logits
+
+
+def transfer(density: float, **options: Any) -> MaskCallback:
+    """Neural tangent transfer, in few steps."""
+    return NeuralTangentTransfer(
+        density, steps=3, mask_interval=1, samples=4, forward_fn=output_of, **options
+    )
+
+
+# Some prune in rounds, and one moves weights; controls look at what was there before all that.
+STARTS: dict[str, Callable[..., MaskCallback]] = {
+    "SNIP": SNIP,
+    "IterSNIP": functools.partial(IterSNIP, rounds=3),
+    "FORCE": functools.partial(FORCE, rounds=3),
+    "NeuralTangentTransfer": transfer,
+}
+
+
+@pytest.mark.parametrize("structure", [None, Rows()], ids=["weights", "rows"])
+@pytest.mark.parametrize("name", STARTS)
+def test_shuffling_revives_nothing(name: str, structure: Any) -> None:
+    first = StaticSparse(0.5, distribution=uniform, structure=structure)
+
+    def run(**options: Any) -> Any:
+        method = STARTS[name](0.25, data=Batches(2), distribution=uniform, **options)
+        return fit([first, method], max_epochs=1)
+
+    plain, shuffled, found = run(), run(shuffle=True), fit([first], max_epochs=1)
+    assert counts(shuffled) == counts(plain)
+    for key, mask in found.masks.items():
+        assert not (shuffled.masks[key] & ~mask).any()
+    assert any(not torch.equal(shuffled.masks[key], mask) for key, mask in plain.masks.items())
+
+
+def test_shuffling_draws_from_all_that_was_there() -> None:
+    def kept(**options: Any) -> Tensor:
+        first = StaticSparse(0.5, distribution=uniform)
+        method = IterSNIP(0.1, rounds=2, data=Batches(2), distribution=uniform, **options)
+        return fit([first, method], max_epochs=1).masks["net.5.weight"]
+
+    # 205 of 1024: by chance a fifth of them lies where the scores would have put it.
+    assert 20 < int((kept() & kept(shuffle=True)).sum()) < 65
+
+
+@pytest.mark.parametrize("storage", ["dense", "csr"])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("name", STARTS)
+def test_reinitializing_deals_out_what_was_live(name: str, shuffle: bool, storage: str) -> None:
+    sparse = fit([StaticSparse(0.2)], max_epochs=1).weights
+
+    def loaded() -> TinyModel:
+        model = TinyModel(optimizer=still)
+        model.load_state_dict(sparse)
+        return model
+
+    method = STARTS[name](0.1, data=Batches(2), shuffle=shuffle, reinitialize=True)
+    kept = [SparseCompute("csr")] if storage == "csr" else []
+    result = fit([StaticSparse(), method, *kept], loaded, max_epochs=1)
+    assert result.live == round(0.1 * NUMEL)
+    for key, mask in result.masks.items():
+        assert result.weights[key][mask].all()
+        if name != "NeuralTangentTransfer":
+            assert set(result.weights[key][mask].tolist()) <= set(sparse[key].flatten().tolist())
+
+
+def test_controls_of_a_start_that_moves_weights() -> None:
+    for options in ({"shuffle": True}, {"reinitialize": True}):
+        result = fit([transfer(0.1, data=Batches(2), **options)], max_epochs=1)
+        assert all(result.weights[key][mask].all() for key, mask in result.masks.items())
+
+
 # With other callbacks ---------------------------------------------------------------
 
 
@@ -130,14 +221,26 @@ def test_a_dynamic_method_goes_on_from_its_masks() -> None:
     assert both.changes == 3  # the share that the fourth update drops comes to no weight
 
 
+def without_data_or_gradients() -> list[Any]:
+    return [
+        SynFlow(density=0.05, rounds=5, data=Batches(2), forward_fn=output_of),
+        SET(density=0.05),
+    ]
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-@pytest.mark.parametrize("step", [8, 12])
-def test_resuming_the_combination_equals_not_stopping(step: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [4, 8, 12])
+@pytest.mark.parametrize("callbacks", [combination, without_data_or_gradients])
+def test_resuming_the_combination_equals_not_stopping(
+    callbacks: Callable[[], list[Any]], step: int, tmp_path: Path
+) -> None:
     def run(**kwargs: Any) -> Any:
         saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
-        return fit([*combination(), saver], enable_checkpointing=True, **kwargs)
+        return fit([*callbacks(), saver], enable_checkpointing=True, **kwargs)
 
     whole = run()
+    assert whole.live == round(0.05 * NUMEL)
+    assert whole.changes == {combination: 3, without_data_or_gradients: 2}[callbacks]
     rest = run(ckpt_path=str(tmp_path / f"step={step}.ckpt"), seed=77)
     rest.assert_equal(whole)
     assert rest.history == whole.history[step:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import random
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_sparsity import SNIP
+from lightning_sparsity import SNIP, SynFlow
 from lightning_sparsity.core import view
 from lightning_sparsity.core.layer import Layers
 from lightning_sparsity.core.view import ModelView, Pass
@@ -215,10 +216,106 @@ def test_batches_given_for_scoring_alone() -> None:
     assert_traceless(look={"data": DataLoader(pictures(), 4, shuffle=True)})
 
 
-def test_the_training_loader_given_for_scoring() -> None:
-    loaders = [own_generator() for _ in range(2)]
+def augmented_by_workers() -> DataLoader[Any]:
+    return DataLoader(Augmented(), 8, shuffle=True, num_workers=1, persistent_workers=True)
+
+
+@pytest.mark.parametrize(
+    "data", [own_generator, pytest.param(augmented_by_workers, marks=pytest.mark.slow)]
+)
+def test_the_training_loader_given_for_scoring(data: Data) -> None:
+    loaders = [data() for _ in range(2)]
     plain = fit([], data=loaders[0], max_epochs=2)
     looked = fit([Looking(data=loaders[1])], data=loaders[1], max_epochs=2)
+    looked.masks = {}
+    looked.assert_equal(plain)
+
+
+@pytest.mark.slow
+def test_workers_of_a_loader_given_for_scoring_end_with_it() -> None:
+    given = augmented_by_workers()
+    begun: list[Any] = []
+
+    class Watching(Callback):
+        """Counts workers as training begins."""
+
+        def on_train_batch_start(self, *args: Any) -> None:
+            """Count."""
+            begun.append(multiprocessing.active_children())
+
+    fit([SNIP(0.5, data=given), Watching()], max_epochs=1)
+    assert given._iterator is None
+    assert begun == [[]] * 8
+
+
+class Counted(DataLoader[Any]):
+    """A loader that keeps books of who reads it."""
+
+    reads = 0
+
+    def __iter__(self) -> Any:
+        self.reads += 1
+        return super().__iter__()
+
+
+def test_a_loader_of_another_kind_is_read_itself() -> None:
+    given = Counted(pictures(), 8)
+    fit([SNIP(0.5, data=given)], max_epochs=1)
+    assert given.reads == 1
+
+
+class Changing(pl.LightningDataModule):
+    """Changes batches on their way, by random numbers of its own, and keeps books of it."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+        self.noise = torch.Generator().manual_seed(7)
+        self.norm = nn.BatchNorm2d(1, affine=False)
+        self.calls, self.total = 0, torch.zeros(())
+        self.seen: dict[str, list[int]] = {"calls": []}
+
+    def train_dataloader(self) -> Any:
+        """Shuffled."""
+        return shuffled()
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Change it here."""
+        return self.changed(batch) if self.where == "before" else batch
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Or here."""
+        return self.changed(batch) if self.where == "after" else batch
+
+    def changed(self, batch: Batch) -> Batch:
+        """The batch with noise, normalized."""
+        noisy = batch[0] + torch.randn(batch[0].shape, generator=self.noise, dtype=torch.float32)
+        self.calls += 1
+        self.total += noisy.sum()
+        self.seen["calls"].append(self.calls)
+        return self.norm(noisy), batch[1]
+
+    def books(self) -> dict[str, Any]:
+        """All that changes."""
+        return {
+            "norm": self.norm.state_dict(),
+            "calls": self.calls,
+            "total": self.total,
+        } | self.seen
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_data_modules_with_a_state(where: str) -> None:
+    results = assert_traceless(data=lambda: Changing(where))
+    modules: list[Any] = [result.trainer.datamodule for result in results]  # type: ignore[attr-defined]
+    assert [module.calls for module in modules] == [12, 12]
+    torch.testing.assert_close(modules[1].books(), modules[0].books(), rtol=0, atol=0)
+
+
+def test_modules_of_the_data_keep_their_precision() -> None:
+    double = SynFlow(1.0, forward_fn=lambda module, batch: module.net(batch[0]))
+    plain = fit([], data=Changing("after"))
+    looked = fit([double], data=Changing("after"))
     looked.masks = {}
     looked.assert_equal(plain)
 
@@ -744,7 +841,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from lightning_sparsity import SNIP
+from lightning_sparsity import SNIP, SynFlow
 from lightning_sparsity.testing import TinyModel, fit
 
 torch.set_num_threads(1)

@@ -11,8 +11,15 @@ from lightning_sparsity.core.randomness import generator
 from lightning_sparsity.distributions import fan_in
 from lightning_sparsity.rules import chain
 from lightning_sparsity.scores import needs_gradient
-from lightning_sparsity.starts import approximate_isometry, sparse_uniform, spread_inputs
-from lightning_sparsity.structures import NM, Block, Columns, Layout, Rows
+from lightning_sparsity.starts import (
+    FOUND,
+    approximate_isometry,
+    redraw,
+    shuffle_within_layers,
+    sparse_uniform,
+    spread_inputs,
+)
+from lightning_sparsity.structures import NM, Block, Columns, Layout, Rows, Unstructured
 
 
 def dense(*shape, seed=0, **kwargs):
@@ -124,6 +131,69 @@ def test_topologies_depend_on_the_generator_alone():
     assert torch.equal(torch.get_rng_state(), state), "the global generator is not touched"
     assert torch.equal(first.mask, again.mask)
     assert not torch.equal(first.mask, other.mask)
+
+
+# Controls
+
+
+def pruned(part, slots=None):
+    """The first quarter of the rows lives."""
+    mask = torch.zeros_like(part.mask)
+    mask[: len(mask) // 4] = True
+    return dataclasses.replace(part, mask=mask, slots=slots or {})
+
+
+def half(part):
+    found = torch.zeros_like(part.mask)
+    found[: len(found) // 2] = True
+    return found
+
+
+@pytest.mark.parametrize("structure", [Unstructured(), Rows(), Block(2, 5), NM(1, 5)], ids=repr)
+def test_places_are_drawn_among_those_that_were_found(structure):
+    part = dense(16, 20, structure=structure)
+    found = half(part)
+    if isinstance(structure, NM):
+        found = (torch.arange(20) % 5 < 4).expand(16, 20)
+    part = apply(spread_inputs, dataclasses.replace(part, mask=found), part.size // 5)
+    part = dataclasses.replace(part, slots={FOUND: found})
+    after = apply(shuffle_within_layers, part)
+    assert after.live == part.live
+    assert not (after.mask & ~part.slots[FOUND]).any()
+    assert not torch.equal(after.mask, part.mask)
+    anywhere = apply(
+        shuffle_within_layers, dataclasses.replace(part, slots={}, generator=generator(0))
+    )
+    assert anywhere.live == part.live
+    assert (anywhere.mask & ~part.slots[FOUND]).any()
+
+
+def test_values_are_dealt_among_weights_that_were_found():
+    part = dense(16, 20)
+    found = half(part)
+    part = dataclasses.replace(pruned(part, {FOUND: found}), weight=part.weight * found)
+    after = apply(redraw, part)
+    assert after.weight[found].all()
+    assert not after.weight[~found].any()
+    assert torch.equal(after.weight[found].sort().values, part.weight[found].sort().values)
+    assert not torch.equal(after.weight, part.weight)
+    everything = apply(redraw, pruned(dense(16, 20)))
+    assert torch.equal(
+        everything.weight.flatten().sort().values, dense(16, 20).weight.flatten().sort().values
+    )
+
+
+@pytest.mark.parametrize("control", [shuffle_within_layers, redraw])
+def test_controls_leave_dense_layers(control):
+    part = dense(4, 5)
+    assert apply(control, part) is part
+    first, again, other = (
+        apply(control, dataclasses.replace(pruned(dense(16, 20)), generator=generator(seed)))
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first.mask, again.mask)
+    assert torch.equal(first.weight, again.weight)
+    assert not (torch.equal(first.mask, other.mask) and torch.equal(first.weight, other.weight))
 
 
 # Uniform values

@@ -21,9 +21,10 @@ from lightning_sparsity.distributions import global_by
 from lightning_sparsity.rules import drop
 from lightning_sparsity.schedules import exponential
 from lightning_sparsity.scores import magnitude
+from lightning_sparsity.starts import redraw
 from lightning_sparsity.structures import Structure
 
-_TREATMENTS = ("rewind", "learning_rate", "fine_tune")
+_TREATMENTS = ("rewind", "learning_rate", "reinitialize", "fine_tune")
 
 
 class LotteryTicket(MaskCallback):
@@ -39,6 +40,8 @@ class LotteryTicket(MaskCallback):
       lottery ticket; later: Frankle et al., 2020, arXiv:1912.05671);
     - "learning_rate": weights stay, the optimizer and its schedule go back (Renda et al., 2020,
       arXiv:2003.02389);
+    - "reinitialize": as "rewind" to the start, but the start values of each layer that has been
+      pruned are dealt out anew over its weights (Liu et al., 2019, arXiv:1810.05270), a control;
     - "fine_tune": nothing goes back.
 
     The first training has ``round_epochs`` epochs; the others go on from epoch ``rewind_to`` and
@@ -53,13 +56,14 @@ class LotteryTicket(MaskCallback):
         round_epochs: Epochs of the first training, at least 1. ``Trainer(max_epochs=...)`` must
             be ``round_epochs + rounds * (round_epochs - rewind_to)``.
         rewind_to: Epochs of the first training to go back to, from 0 to ``round_epochs - 1``.
-        treatment: "rewind", "learning_rate" or "fine_tune".
+        treatment: "rewind", "learning_rate", "reinitialize" or "fine_tune".
         distribution: How ``density`` is split over layers, or densities by name pattern;
             default: all layers are ranked together.
         include: Which parameters are sparse: names, patterns, module types, callables.
         exclude: Which of those are left dense.
         structure: What one unit is, such as ``Rows()``; default single weights.
-        seed: Unused by magnitude; kept for distributions with random choices.
+        seed: Of start values that are dealt out anew, and of distributions with random choices;
+            default that of ``seed_everything``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -80,7 +84,7 @@ class LotteryTicket(MaskCallback):
         rounds: int = 1,
         round_epochs: int = 1,
         rewind_to: int = 0,
-        treatment: Literal["rewind", "learning_rate", "fine_tune"] = "rewind",
+        treatment: Literal["rewind", "learning_rate", "reinitialize", "fine_tune"] = "rewind",
         distribution: Mapping[str, float] | Distribution | None = None,
         include: Selection = linear_and_conv,
         exclude: Selection = (),
@@ -99,10 +103,15 @@ class LotteryTicket(MaskCallback):
                 f"LotteryTicket(rewind_to={rewind_to!r}, round_epochs={round_epochs!r}): must be "
                 f"an epoch of the first round, from 0 to {round_epochs - 1}."
             )
-        if treatment == "fine_tune" and rewind_to:
+        if treatment in ("reinitialize", "fine_tune") and rewind_to:
+            goes = (
+                "weights drawn anew start at 0"
+                if treatment == "reinitialize"
+                else "nothing goes back"
+            )
             raise ValueError(
-                f'LotteryTicket(treatment="fine_tune", rewind_to={rewind_to!r}): nothing goes '
-                "back in fine-tuning; leave rewind_to out."
+                f"LotteryTicket(treatment={treatment!r}, rewind_to={rewind_to!r}): {goes}; leave "
+                "rewind_to out."
             )
         self.rounds = plain(rounds)
         self.round_epochs = plain(round_epochs)
@@ -125,6 +134,7 @@ class LotteryTicket(MaskCallback):
 
     def _forget(self) -> None:
         self._begun = 0
+        self._redraws = False
         self._snapshot: dict[str, Any] | None = None
         self._model: Callable[[], pl.LightningModule | None] = nobody
 
@@ -140,8 +150,15 @@ class LotteryTicket(MaskCallback):
         self._budget.check_found(layers, share)
         return layers
 
+    @property
+    def on_parts(self) -> bool:
+        """Whether sharded layers need not be gathered: they must be to deal out their values."""
+        return not self._redraws and super().on_parts
+
     def update(self, layers: Layers, share: Share, progress: float) -> Layers:
-        """Prune to the density of the next round."""
+        """Prune to the density of the next round, or draw what is left of its start anew."""
+        if self._redraws:
+            return redraw(layers, [layer.live for layer in layers], progress)
         assert self.rule is not None
         budget = self._budget.on_the_way(layers, share, self._begun / self.rounds)
         return self.rule(layers, budget, progress)
@@ -195,7 +212,14 @@ class LotteryTicket(MaskCallback):
         self._begun = turn
         keeper.update(self)
         if self._snapshot is not None:
-            put_back(self._snapshot, trainer, pl_module, weights=self.treatment == "rewind")
+            rewinds = self.treatment in ("rewind", "reinitialize")
+            put_back(self._snapshot, trainer, pl_module, weights=rewinds)
+        if self.treatment == "reinitialize":
+            self._redraws = True
+            try:
+                keeper.update(self)
+            finally:
+                self._redraws = False
         for optimizer in trainer.optimizers:
             keeper.masks.enforce(keeper.masks, optimizer)
 
@@ -222,5 +246,5 @@ class LotteryTicket(MaskCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles as new: where it rewinds to belongs to a model that does not come along."""
-        fresh = {"_begun": 0, "_snapshot": None, "_model": nobody}
+        fresh = {"_begun": 0, "_redraws": False, "_snapshot": None, "_model": nobody}
         return {**super().__getstate__(), **fresh}

@@ -14,7 +14,7 @@ from torch.func import jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_sparsity.callbacks.scored import ScoredStart
+from lightning_sparsity.callbacks.scored import ScoredStart, with_found
 from lightning_sparsity.core.filters import Selection, linear_and_conv
 from lightning_sparsity.core.layer import Distribution, Layer, Layers, Rule, Verb
 from lightning_sparsity.core.method import Share
@@ -44,8 +44,9 @@ class NeuralTangentTransfer(ScoredStart):
     samples of a step, and :math:`d` the density. Every ``mask_interval`` steps each layer
     keeps the student's weights of largest magnitude; in the last interval the mask stays. The
     student starts as the teacher, and training starts from the student: its masks, its weights
-    and the biases of the same layers. All other parameters are part of the kernel and stay as
-    they are, and so do frozen ones, which are masked by magnitude.
+    and the biases of the same layers. (What the controls put where the student has no weights
+    are the teacher's.) All other parameters are part of the kernel and stay as they are, and so
+    do frozen ones, which are masked by magnitude.
 
     Constants are those of the authors' demonstration on MNIST, but for fewer steps (theirs are
     20 epochs). Their kernel of the student counts pruned weights too; here it is that of
@@ -151,6 +152,7 @@ class NeuralTangentTransfer(ScoredStart):
         """Train the student; the layers get its weights, and what lives of them in a slot."""
         if self.density is None and self.distribution is None:
             return layers  # what is there stays
+        layers = with_found(layers)
         self._budget.check_found(layers, share)
         if self._budget.first(layers, share) == [layer.live for layer in layers]:
             return layers  # nothing to prune, and nothing to imitate
@@ -166,8 +168,8 @@ class NeuralTangentTransfer(ScoredStart):
             return chosen
         return [
             dataclasses.replace(
-                layer,
-                weight=new.weight.to(layer.weight),
+                layer,  # off the student's mask as it was, for the controls
+                weight=torch.where(new.mask, new.weight.to(layer.weight), layer.weight),
                 bias=None if layer.bias is None or new.bias is None else new.bias.to(layer.bias),
             )
             for layer, new in zip(chosen, student, strict=True)

@@ -92,6 +92,43 @@ def test_data_sets_have_their_attributes_back():
     assert (counting.read, counting.rng) == (0, None)
 
 
+class Data(pl.LightningDataModule):
+    def __init__(self):
+        super().__init__()
+        self.images, self.paths = torch.zeros(1_000_001), list(range(1001))
+        self.mean, self.books, self.steps = torch.zeros(3), {"seen": []}, 0
+        self.held = {"images": self.images, "norm": nn.BatchNorm1d(3)}
+
+
+def test_data_modules_have_their_attributes_back():
+    data = Data()
+    before = dict(vars(data))
+    with isolated(nn.Linear(1, 1), [data], dtype=torch.float64, seed=0):
+        assert data.images is before["images"], "that is data"
+        assert data.paths is before["paths"]
+        assert data.held["images"] is data.images
+        assert data.mean.dtype == torch.float32
+        assert data.held["norm"].running_mean.dtype == torch.float32
+        data.mean += 1
+        data.held["norm"].running_mean += 1
+        data.books["seen"].append(1)
+        data.steps, data.late = 1, True
+    assert vars(data).keys() == before.keys()
+    assert all(vars(data)[key] is value for key, value in before.items())
+    assert not data.mean.any()
+    assert not data.held["norm"].running_mean.any()
+    assert data.books == {"seen": []}
+
+
+def test_what_model_and_data_share_is_of_the_model():
+    data, model = Data(), Holding(None)
+    model.shared = data.shared = torch.zeros(2)
+    model.norm = data.held["norm"]
+    with isolated(model, data, dtype=torch.float64, seed=0):
+        assert model.shared is data.shared
+        assert model.shared.dtype == model.norm.running_mean.dtype == torch.float64
+
+
 def test_parts_are_copied_once():
     model = Holding(None)
     model.fc, model.views = nn.Linear(2, 2), {}
