@@ -160,7 +160,7 @@ def layers_of(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> li
         if weight.ndim < 2:
             continue  # works on every unit alone
         tied = len(candidate.aliases) > 1
-        if not linear_and_conv(candidate) or tied or not parameter.numel():
+        if not linear_and_conv(candidate) or tied or not weight.numel():
             last = None
             continue
         home = _home(name, modules)

@@ -10,7 +10,8 @@ layer of a sparse weight, :math:`d_l` its density and :math:`f_o` all the rest,
   :math:`G` whose weight gradient was needed off the mask too. That is the count of Evci et
   al. (2020).
 
-These are operations that hardware would need that skips every zero.
+These are operations that hardware would need that skips every zero. What scoring weights before
+training costs (SNIP, GraSP, SynFlow and the like) is not counted.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop
+from torch.utils.hooks import RemovableHandle
 
 _aten = torch.ops.aten
 
@@ -102,10 +104,33 @@ class FlopCounter(TorchDispatchMode):
         self._layers: dict[str, int] = {}
         self._other = 0
         self._failure = ""
+        self._inside = 0
         self._sources: dict[StorageWeakRef, str | None] = {}
         for name, parameter in parameters.items():
             place = StorageWeakRef(parameter.untyped_storage())
             self._sources[place] = None if place in self._sources else name
+
+    def count_by_outputs(self, name: str, layer: nn.Module, weights: int) -> list[RemovableHandle]:
+        """Count a layer by the size of its outputs, as nobody sees what its kernels do.
+
+        Args:
+            name: Of its sparse parameter.
+            layer: Linear or a convolution, not transposed.
+            weights: From all of its inputs to one of its outputs, live or not.
+
+        Returns:
+            The hooks, to be removed when counting is over.
+        """
+
+        def enter(*args: Any) -> None:
+            self._inside += 1
+
+        def leave(module: nn.Module, args: Any, out: Tensor) -> None:
+            self._inside -= 1
+            if self.counting and not _in_backward():
+                self._layers[name] = self._layers.get(name, 0) + 2 * out.numel() * weights
+
+        return [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -118,7 +143,7 @@ class FlopCounter(TorchDispatchMode):
         """Run the operation, then count it."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if self.counting and not _in_backward():
+        if self.counting and not self._inside and not _in_backward():
             try:
                 self._count(getattr(func, "overloadpacket", func), args, kwargs, out)
             except Exception as error:

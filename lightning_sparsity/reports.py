@@ -244,11 +244,12 @@ def memory_line(masks: Masks) -> str:
 
 
 def stored_bytes(kept: SparseParameter) -> int:
-    """Bytes that a sparse parameter takes now: weight, mask and the method's own tensors."""
-    tensors = [kept.parameter, kept.mask, *kept.slots.values()]
-    if not kept.is_dense:
-        tensors.append(kept.gate)
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """Bytes that a sparse parameter takes now: weight, mask or indices, tensors of the method."""
+    tensors = [kept.parameter, *kept.slots.values()]
+    if kept.compressed is None:
+        tensors += [kept.mask] if kept.is_dense else [kept.mask, kept.gate]
+    where = 0 if kept.compressed is None else kept.compressed.pattern.nbytes
+    return where + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def quantity(value: float, unit: str = "") -> str:

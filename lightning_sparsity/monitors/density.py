@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
+from torchmetrics import Metric
 
 from lightning_sparsity import reports
 from lightning_sparsity.callbacks.base import SparsityCallback
@@ -19,6 +20,7 @@ from lightning_sparsity.connectivity import CollapseError
 from lightning_sparsity.core.keeper import MaskKeeper, nobody
 from lightning_sparsity.core.numbers import plain
 from lightning_sparsity.monitors import tensorboard
+from lightning_sparsity.monitors.requested import check_metrics
 from lightning_sparsity.monitors.watch import Watch
 
 
@@ -39,9 +41,12 @@ class DensityMonitor(SparsityCallback):
     - ``flops/training``: per sample, in the mean of the training so far;
     - ``flops/inference_ratio``, ``flops/training_ratio``: the same, divided by those of the
       dense model;
+    - ``collapse/total``: number of layers that have no live weight left or, with
+      ``connectivity``, none on a path; ``collapse/net.0.weight`` is 1 for each of them, else 0;
     - with ``connectivity``, ``effective_density/total``: live weights on a path from input to
       output / weights; and by parameter ``dead_neurons/``: output units without a live
-      weight, or that the next layer does not read.
+      weight, or that the next layer does not read;
+    - whatever ``metrics`` asks for.
 
     The first three also by parameter, such as ``density/net.0.weight``. Here :math:`f_l` are
     the forward FLOPs of a layer, 2 per multiply-accumulate, :math:`d_l` its density and
@@ -49,7 +54,7 @@ class DensityMonitor(SparsityCallback):
     :math:`\sum_l f_l (1 - d_l)` more for dense weight gradients on which an update is based.
     These are what hardware would need that skips every zero. They are counted while the first
     batch passes forward; in a compiled model that cannot be seen, and its FLOPs are reported
-    as unknown and not logged.
+    as unknown and not logged. Passes that score weights before training are not counted.
 
     TensorBoard also gets a page of charts (custom scalars), histograms of the live weights,
     a picture of the densities over time, and the two reports. They are printed as well: the
@@ -59,7 +64,7 @@ class DensityMonitor(SparsityCallback):
     Without a sparsity method in the Trainer it reports a dense model.
 
     Args:
-        per_layer: Whether to log densities, churn and :math:`R_s` of each parameter.
+        per_layer: Whether to log what there is of each parameter, beside totals.
         histograms: When TensorBoard gets histograms and the picture: batches between them,
             "epoch", or None for never.
         print_tables: Whether to print the reports.
@@ -69,11 +74,23 @@ class DensityMonitor(SparsityCallback):
             branches (see :mod:`lightning_sparsity.connectivity`).
         on_collapse: What follows when a layer has no live weight left or, with
             ``connectivity``, none on a path: "warn" once, or "error", which ends training.
+            Of single dead neurons ``connectivity`` warns once per layer.
+        metrics: Metrics of :mod:`lightning_sparsity.metrics` to log as well, by tag, such as
+            ``{"compression/csr": CompressionRatio("csr")}``; also others that are updated
+            with a model. They see the masks at the start and whenever they are logged:
+            ``MaskSimilarity()`` compares with the start, ``MaskSimilarity(to="last")`` with the
+            time before. ``GradientFlow`` sees gradients just before the optimizer's step on
+            logging steps, before clipping and masking, and is also logged by parameter,
+            ``tag/net.0.weight``; optimizers that are stepped past Lightning show none.
+        accuracy: The name under which the model logs the accuracy, in [0, 1], on which
+            ``ParameterEfficiency`` and its hardness-normalized form are based; the latest
+            value counts, and until there is one they are not logged.
 
     Raises:
         ValueError: If ``histograms`` is not a positive number of batches, "epoch" or None, or
-            ``on_collapse`` is neither "warn" nor "error".
-        TypeError: If another argument is not True or False.
+            ``on_collapse`` is neither "warn" nor "error"; or if one of ``accuracy`` and an
+            efficiency in ``metrics`` is there without the other.
+        TypeError: If another argument is of the wrong type.
         CollapseError: In training, if asked for by ``on_collapse``.
 
     Example::
@@ -89,6 +106,8 @@ class DensityMonitor(SparsityCallback):
         print_tables: bool = True,
         connectivity: bool = False,
         on_collapse: Literal["warn", "error"] = "warn",
+        metrics: Mapping[str, Metric] | None = None,
+        accuracy: str | None = None,
     ) -> None:
         histograms = plain(histograms)
         whole = isinstance(histograms, int) and not isinstance(histograms, bool)
@@ -108,6 +127,9 @@ class DensityMonitor(SparsityCallback):
             raise ValueError(
                 f'DensityMonitor(on_collapse={on_collapse!r}): must be "warn" or "error".'
             )
+        check_metrics(metrics, accuracy)
+        self.metrics = dict(metrics or {})
+        self.accuracy = accuracy
         self.per_layer = per_layer
         self.histograms = histograms
         self.print_tables = print_tables
@@ -141,7 +163,8 @@ class DensityMonitor(SparsityCallback):
             pl_module: The model.
             keeper: Owner of the masks.
         """
-        self._watch = watch = Watch(keeper, pl_module, _step(trainer), self.connectivity)
+        step = _step(trainer)
+        self._watch = watch = Watch(keeper, pl_module, step, self.connectivity, self.metrics)
         watch.load_state_dict(self._restored)
         self._restored = {}
         self._logged, self._drawn, self._flops_told = True, -1, False
@@ -163,6 +186,10 @@ class DensityMonitor(SparsityCallback):
         if self.histograms is not None:
             self._draw(trainer, _step(trainer) - 1)
         self._report(trainer, "end", self._watch.report())
+        if self.accuracy is not None and self._accuracy(trainer) is None:
+            rank_zero_warn(
+                f"DensityMonitor(accuracy={self.accuracy!r}): the model logged nothing so named."
+            )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the model. The state stays, for another ``fit`` of the same one."""
@@ -206,6 +233,8 @@ class DensityMonitor(SparsityCallback):
         """See masks that live for one of several steps in a batch only."""
         if self._watch is not None:
             self._watch.tracker.look()
+            if trainer.loggers and _is_logging_step(trainer):
+                self._watch.requested.see_gradients(optimizer)
 
     def on_train_batch_end(
         self,
@@ -230,6 +259,7 @@ class DensityMonitor(SparsityCallback):
         self._logged = _is_logging_step(trainer)
         if self._logged:
             self._log(trainer, _step(trainer))
+        watch.requested.forget_gradients()
         if isinstance(self.histograms, int) and (_step(trainer) + 1) % self.histograms == 0:
             self._draw(trainer, _step(trainer))
 
@@ -260,6 +290,11 @@ class DensityMonitor(SparsityCallback):
         if set(cut) - self._warned:  # of dead layers the engine warns
             self._warned.update(cut)
             rank_zero_warn(message)
+        dead_neurons = {k: v for k, v in watch.dead_neurons.items() if k not in self._warned}
+        if dead_neurons:
+            self._warned.update(dead_neurons)
+            counts = ", ".join(f"{count} in {name}" for name, count in dead_neurons.items())
+            rank_zero_warn(f"Dead neurons, which nothing enters or nothing reads: {counts}.")
 
     # ------------------------------------------------------------------------- output
 
@@ -267,14 +302,20 @@ class DensityMonitor(SparsityCallback):
         assert self._watch is not None
         if not trainer.loggers:
             return
-        found = self._watch.metrics()  # on all processes, which may each have parts of the masks
+        # On all processes, which may each have parts of the masks.
+        found = self._watch.metrics()
+        asked = self._watch.requested.measure(self._accuracy(trainer), self.per_layer)
         if not trainer.is_global_zero:
             return
         if not self.per_layer:
             layers = set(self._watch.tracker.names)
             found = {k: v for k, v in found.items() if k.partition("/")[2] not in layers}
         for logger in trainer.loggers:
-            logger.log_metrics(found, step)
+            logger.log_metrics({**found, **asked}, step)
+
+    def _accuracy(self, trainer: pl.Trainer) -> float | None:
+        logged = trainer.callback_metrics.get(self.accuracy) if self.accuracy else None
+        return None if logged is None else float(logged)
 
     def _draw(self, trainer: pl.Trainer, step: int) -> None:
         assert self._watch is not None

@@ -30,6 +30,7 @@ def layout() -> dict[str, dict[str, list[Any]]]:
         "ever live / all weights (in-time over-parameterisation)": "itop/",
         "FLOPs relative to dense": "flops/.*_ratio$",
         "share that an update drops": "drop_fraction/",
+        "layers that collapsed": "collapse/",
     }
     return {
         "sparsity": {

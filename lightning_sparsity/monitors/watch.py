@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+from torch.utils.hooks import RemovableHandle
+from torchmetrics import Metric
 
 from lightning_sparsity import connectivity, reports
 from lightning_sparsity.connectivity import Wiring
@@ -15,7 +19,9 @@ from lightning_sparsity.core.shards import whole
 from lightning_sparsity.flops import FlopCounter, Flops, is_compiled
 from lightning_sparsity.monitors.cost import BatchClock, TrainingCost
 from lightning_sparsity.monitors.picture import DensityHistory
+from lightning_sparsity.monitors.requested import Requested
 from lightning_sparsity.monitors.tracker import MaskTracker
+from lightning_sparsity.structures import Rows
 
 
 class Watch:
@@ -26,6 +32,7 @@ class Watch:
         model: The model being fitted.
         step: The step of the loggers at which it begins.
         wires: Whether to follow which weights lie on a path from input to output.
+        metrics: Metrics of masks or gradients, by the name under which they are logged.
 
     Attributes:
         masks: The masks.
@@ -33,11 +40,17 @@ class Watch:
         history: Their densities over time.
         cost: FLOPs of the model and the training.
         clock: Time per batch.
+        requested: Metrics that the user asks for.
         batches: Batches of this ``fit`` so far.
     """
 
     def __init__(
-        self, keeper: MaskKeeper, model: pl.LightningModule, step: int, wires: bool = False
+        self,
+        keeper: MaskKeeper,
+        model: pl.LightningModule,
+        step: int,
+        wires: bool = False,
+        metrics: Mapping[str, Metric] | None = None,
     ) -> None:
         assert keeper.masks is not None
         self.masks: Masks = keeper.masks
@@ -46,6 +59,7 @@ class Watch:
         self.history.record(step, self.tracker.densities)
         self.cost = TrainingCost()
         self.clock = BatchClock()
+        self.requested = Requested(metrics or {}, model)
         self.batches = 0
         self._keeper = keeper
         self._model = model
@@ -54,6 +68,7 @@ class Watch:
         self._wired_at = -1
         self._updates = _updates(keeper)
         self._counter: FlopCounter | None = None
+        self._hooks: list[RemovableHandle] = []
         self._forward_ended = False
 
     # -------------------------------------------------------------------------- FLOPs
@@ -63,7 +78,13 @@ class Watch:
         if self.cost.flops is None and is_compiled(self._model):
             self.cost.flops = Flops(unknown="the model is compiled")
         if self.cost.flops is None:
-            self._counter = FlopCounter({kept.name: kept.computed for kept in self.masks})
+            read = {k.name: k.computed if k.compressed is None else k.parameter for k in self.masks}
+            self._counter = FlopCounter(read)
+            for kept in self.masks:
+                if kept.compressed is not None:
+                    inputs = math.prod(kept.shape[1:])
+                    hooks = self._counter.count_by_outputs(kept.name, kept.module, inputs)
+                    self._hooks += hooks
             self._counter.__enter__()  # type: ignore[no-untyped-call]
 
     def end_forward(self) -> None:
@@ -77,6 +98,9 @@ class Watch:
         counter, self._counter = self._counter, None
         if counter is not None:
             counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks = []
         return counter
 
     # ---------------------------------------------------------------------- each batch
@@ -120,6 +144,7 @@ class Watch:
         """Everything that is logged, by name."""
         return {
             **self.tracker.metrics(),
+            **self._collapse(),
             **self._connectivity(),
             **self._drop_fractions(),
             **self._figures(),
@@ -146,6 +171,22 @@ class Watch:
             apart = {k.name: Wiring(k.numel, k.live, k.live, 0, 0) for k in self.masks}
             self._wiring = {name: found.get(name, apart[name]) for name in masks}
         return self._wiring
+
+    @property
+    def dead_neurons(self) -> dict[str, str]:
+        """How many neurons are dead, of layers that have others, and that did not ask for it."""
+        return {
+            name: f"{layer.dead_neurons} of {layer.neurons}"
+            for name, layer in self.wiring.items()
+            if layer.effective
+            and layer.dead_neurons
+            and not isinstance(self.masks[name].structure, Rows)
+        }
+
+    def _collapse(self) -> dict[str, float]:
+        gone = {*self.dead_layers, *self.cut_layers}
+        layers = {f"collapse/{name}": float(name in gone) for name in self.tracker.names}
+        return {"collapse/total": float(len(gone)), **layers}
 
     def _connectivity(self) -> dict[str, float]:
         if not self._wires:
@@ -191,7 +232,8 @@ class Watch:
         if not flops.unknown:
             parts.append(reports.training_flops_line(self.cost.spent, flops))
         if len(self.clock):
-            zeros = self.tracker.density < 1
+            stored_densely = all(kept.compressed is None for kept in self.masks)
+            zeros = self.tracker.density < 1 and stored_densely
             parts.append(reports.time_line(self.clock.median, len(self.clock), zeros))
         if len(self.masks):
             parts.append(reports.memory_line(self.masks))
@@ -206,13 +248,16 @@ class Watch:
             "masks": self.tracker.state_dict(),
             "history": self.history.state_dict(),
             "cost": self.cost.state_dict(),
+            "requested": self.requested.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state, if it is one of the same parameters."""
-        if state and self.tracker.load_state_dict(state["masks"]):
+        """Go on from a saved state, if it is one of the same parameters; or begin."""
+        goes_on = bool(state) and self.tracker.load_state_dict(state["masks"])
+        if goes_on:
             self.history.load_state_dict(state["history"])
             self.cost.load_state_dict(state["cost"])
+        self.requested.begin(state.get("requested", {}) if goes_on else {})
 
 
 def _identity(run: Run) -> tuple[str, int]:

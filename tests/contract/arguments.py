@@ -20,6 +20,7 @@ import lightning_sparsity
 from lightning_sparsity import distributions, schedules, scores, starts, structures
 from lightning_sparsity.core import window
 from lightning_sparsity.distributions import erk
+from lightning_sparsity.metrics import CompressionRatio
 from lightning_sparsity.rules import drop
 from lightning_sparsity.schedules import constant, cosine, cubic, linear
 from lightning_sparsity.scores import magnitude, random
@@ -278,6 +279,13 @@ ARGUMENTS: dict[str, Kind] = {
     "DensityMonitor.print_tables": FLAG,
     "DensityMonitor.connectivity": FLAG,
     "DensityMonitor.on_collapse": choice("warn", "error"),
+    "DensityMonitor.metrics": Kind(
+        (None, {}, {"csr": CompressionRatio()}),
+        _refused(TypeError, True, 3, math.nan, "csr", [CompressionRatio()], {"csr": "csr"}),
+    ),
+    "DensityMonitor.accuracy": Kind(
+        (None,), _refused(TypeError, True, 3, math.nan, []) + _refused(ValueError, "val_acc")
+    ),
     "DynamicThresholds.alpha": AT_LEAST_0,
     "DynamicThresholds.weight_decay": optional(AT_LEAST_0),
     "ESPNFinetune|ESPNRewind.alpha": ABOVE_0,
@@ -479,7 +487,7 @@ PARTS: dict[str, Kind] = {
 # Made by callbacks that check for them what they are given.
 INSIDE = {structures.Layout, schedules.alternating}
 _MODULES = (schedules, distributions, structures, scores, starts, window)
-_INTERNAL = {"Window", "Ends", "Steps"}
+_INTERNAL = {"Asked", "Window", "Ends", "Steps"}
 
 
 def one_count(layers: Any, total: int) -> list[int]:

@@ -17,9 +17,9 @@ from lightning_sparsity.metrics import (
     HardnessNormalizedEfficiency,
     MaskSimilarity,
     ParameterEfficiency,
-    Storage,
     index_bits,
 )
+from lightning_sparsity.metrics.size import Storage
 
 CASES = {
     case["name"]: case

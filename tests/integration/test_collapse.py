@@ -10,7 +10,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from lightning_sparsity import DensityMonitor, MaskCallback, Rows, StaticSparse, uniform
+from lightning_sparsity import (
+    DensityMonitor,
+    MaskCallback,
+    Rows,
+    SparseCompute,
+    StaticSparse,
+    uniform,
+)
 from lightning_sparsity.connectivity import CollapseError, effective_density, layers_of, wiring
 from lightning_sparsity.core.layer import Budget, Layer, Layers
 from lightning_sparsity.rules import chain, drop
@@ -116,6 +123,27 @@ def test_every_fit_tells_it() -> None:
             fit([method])
 
 
+def test_dead_neurons_are_told_once_per_layer() -> None:
+    def dying(layers: Layers, budget: Budget, progress: float) -> Layers:
+        """A neuron of the middle layer at step 4, one of the first at steps 8 and 12."""
+        place = 1 if progress < 0.5 else 0
+        made = list(layers)
+        mask = made[place].mask.clone()
+        mask[0] = False
+        made[place] = made[place].with_units(mask.flatten())
+        return made
+
+    with pytest.warns(UserWarning, match="Dead neurons") as found:
+        fit([Changing(dying), DensityMonitor(connectivity=True, print_tables=False)])
+    ours = [str(w.message) for w in found if "Dead neurons" in str(w.message)]
+    says = "Dead neurons, which nothing enters or nothing reads: "
+    assert ours == [f"{says}1 of 16 in net.5.weight.", f"{says}1 of 8 in net.0.weight."]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        fit([Changing(dying), DensityMonitor(print_tables=False)])
+
+
 # -------------------------------------------------------------------------------- error
 
 
@@ -153,6 +181,7 @@ class Batches(pl.Callback):
         self.count += 1
 
 
+@pytest.mark.filterwarnings("ignore:Dead neurons")
 def test_a_cut_is_seen_with_connectivity_only() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -169,6 +198,7 @@ def test_a_cut_is_seen_with_connectivity_only() -> None:
 # ------------------------------------------------------------------------------- scalars
 
 
+@pytest.mark.filterwarnings("ignore:Dead neurons")
 def test_scalars_by_hand() -> None:
     monitor = Recorder(connectivity=True)
     with pytest.warns(UserWarning, match="Layer collapse"):
@@ -176,10 +206,25 @@ def test_scalars_by_hand() -> None:
     before, after = monitor.rows[2], monitor.rows[3]
     assert 0 < before["effective_density/total"] <= before["density/total"] == 0.5
     assert after["effective_density/total"] == 0
+    assert [before[f"collapse/{name}"] for name in ("total", *LAYERS)] == [0, 0, 0, 0]
+    assert [after[f"collapse/{name}"] for name in ("total", *LAYERS)] == [3, 1, 1, 1]
     assert after["dead_neurons/net.5.weight"] == 16
     assert after["dead_neurons/net.7.weight"] == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*no live weight left")
+@pytest.mark.parametrize("storage", [[], [SparseCompute("csr")]])
+def test_collapse_is_logged_by_layer(storage: list[Any]) -> None:
+    for connectivity, gone in ((False, [1, 0, 1, 0]), (True, [3, 1, 1, 1])):
+        monitor = Recorder(connectivity=connectivity)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Layer collapse|Dead neurons", UserWarning)
+            fit([Changing(starve), monitor, *storage])
+        row = monitor.rows[-1]
+        assert [row[f"collapse/{name}"] for name in ("total", *LAYERS)] == gone
+
+
+@pytest.mark.filterwarnings("ignore:Dead neurons")
 def test_scalars_are_those_of_the_masks() -> None:
     monitor = Recorder(connectivity=True)
     result = fit([StaticSparse(0.02), monitor])
@@ -216,6 +261,7 @@ def test_nothing_is_measured_unless_asked() -> None:
     assert not any("Effective" in text for text in monitor.told)
 
 
+@pytest.mark.filterwarnings("ignore:Dead neurons")
 def test_reports() -> None:
     monitor = Recorder(connectivity=True)
     fit([StaticSparse(0.02), monitor])
@@ -232,6 +278,7 @@ def test_a_dense_model() -> None:
     assert monitor.rows[-1]["effective_density/total"] == 1
 
 
+@pytest.mark.filterwarnings("ignore:Dead neurons")
 def test_watching_changes_nothing() -> None:
     watched = fit([StaticSparse(0.1), Recorder(connectivity=True)])
     watched.assert_equal(fit([StaticSparse(0.1)]))

@@ -10,19 +10,24 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from lightning_sparsity import DensityMonitor, RigL
+from lightning_sparsity import DensityMonitor, RigL, SparseCompute, StaticSparse
 from lightning_sparsity.core.keeper import MaskKeeper
 from lightning_sparsity.metrics import (
     ITOP,
     Churn,
+    CompressionRatio,
     Density,
     EffectiveDensity,
+    FLOPs,
     GradientFlow,
+    HardnessNormalizedEfficiency,
     MaskSimilarity,
     ParameterEfficiency,
+    gradient_norms,
     live_masks,
 )
-from lightning_sparsity.testing import TinyModel, fit
+from lightning_sparsity.ops import native
+from lightning_sparsity.testing import Batches, TinyModel, fit
 
 
 class Measuring(TinyModel):
@@ -67,6 +72,7 @@ class Reading(Callback):
         self.seen.append(tuple(found[f"{kind}/total"] for kind in kinds))
 
 
+@pytest.mark.filterwarnings("ignore:Dead neurons")
 def test_metrics_agree_with_the_monitor() -> None:
     monitor = DensityMonitor(connectivity=True, print_tables=False)
     reading = Reading(monitor)
@@ -124,6 +130,112 @@ def test_after_training_zeros_are_what_is_pruned() -> None:
     result = fit([RigL(0.2, update_interval=4)])
     assert MaskSimilarity("hamming")(result.model, result.masks) == 0
     assert torch.equal(live_masks(result.model)["net.5.weight"], result.masks["net.5.weight"])
+
+
+class Everything(Callback):
+    """All metrics, of the module, of the net in it and of the masks, in every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, float]] = []
+        self.similarity = MaskSimilarity()
+        self.churn = Churn()
+        self.itop = ITOP()
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        keeper = MaskKeeper.of(trainer)
+        assert keeper is not None
+        assert keeper.masks is not None
+        found = {}
+        for name, source in (("module", pl_module), ("net", pl_module.net), ("m", keeper.masks)):
+            found |= {f"{name}/{k}": float(v) for k, v in gradient_norms(source).items()}
+            found[f"{name}/flow"] = float(GradientFlow()(source))
+            for kind in (Density, EffectiveDensity, CompressionRatio):
+                found[f"{name}/{kind.__name__}"] = float(kind()(source))
+            for kind in (ParameterEfficiency, HardnessNormalizedEfficiency):
+                found[f"{name}/{kind.__name__}"] = float(kind().at(0.7, source))
+        inputs = torch.zeros(2, 1, 6, 6, dtype=pl_module.dtype)
+        found["flops"] = float(FLOPs()(pl_module.net, inputs))
+        found |= {
+            "similarity": float(self.similarity(pl_module)),
+            "churn": float(self.churn(pl_module)),
+            "itop": float(self.itop(pl_module)),
+        }
+        self.seen.append(found)
+
+
+class Double(TinyModel):
+    """In float64, in which two orders of adding agree to many digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.double()
+
+    def loss(self, batch: Any) -> Any:
+        return super().loss((batch[0].double(), batch[1]))
+
+
+def test_compressed_storage_gives_the_same_numbers() -> None:
+    dense, packed = Everything(), Everything()
+    fit([RigL(0.2, update_interval=4), dense], Double)
+    compressed = SparseCompute("csr")
+    fit([RigL(0.2, update_interval=4), compressed, packed], Double)
+    assert len(dense.seen) == len(packed.seen) == 24
+    for one, other in zip(packed.seen, dense.seen, strict=True):
+        assert one == pytest.approx(other, rel=1e-6)
+    last, live = packed.seen[-1], 437
+    assert last["module/Density"] == pytest.approx(live / 2184)
+    assert last["module/ParameterEfficiency"] == pytest.approx(70e6 / (live + 44))
+    assert last["m/ParameterEfficiency"] == pytest.approx(70e6 / live)
+    assert last["flops"] == pytest.approx(2 * (16 * 37 + 351 + 49))
+
+
+def test_off_the_mask_compressed_weights_have_no_gradient() -> None:
+    class Asking(Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            for source in (pl_module, pl_module.net):
+                with pytest.raises(ValueError, match=r"0\.weight are asked for off its mask"):
+                    GradientFlow(live=False)(source)
+
+    fit([StaticSparse(0.2), SparseCompute("csr"), Asking()], max_epochs=1)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "native"])
+def test_flops_of_compressed_layers_are_those_of_dense_ones(kernels: Any) -> None:
+    class Reading(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            assert monitor._watch is not None
+            flops = monitor._watch.cost.flops
+            assert flops is not None
+            assert not flops.unknown
+            assert dict(flops.layers) == {
+                "net.0.weight": 2 * 9 * 8 * 16,
+                "net.5.weight": 2 * 128 * 16,
+                "net.7.weight": 2 * 16 * 4,
+            }
+            assert flops.other == 0
+
+    if kernels == "native" and (reason := native.unavailable()):
+        pytest.skip(reason)
+    monitor = DensityMonitor(print_tables=False)
+    storage = SparseCompute("csr", kernels=kernels)
+    result = fit([StaticSparse(0.2), storage, monitor, Reading()], max_epochs=1)
+    hooks = [m._forward_hooks or m._forward_pre_hooks for m in result.model.modules()]
+    assert not any(hooks)
+
+
+def test_the_report_counts_what_compressed_weights_take() -> None:
+    told: list[str] = []
+
+    class Told(DensityMonitor):
+        def _print(self, text: str) -> None:
+            told.append(text)
+
+    fit([StaticSparse(0.2), SparseCompute("csr"), Told()], data=Batches(2), max_epochs=1)
+    end = told[-1]
+    assert "FLOPs saved are no time saved" not in end
+    # 437 values and their columns, the starts of 28 rows; two layers have a transpose as well
+    taken = 437 * 4 + (437 + 9 + 17 + 5) * 4 + (2 * (351 + 49) + 129 + 17) * 4
+    assert f"{taken / 1000:.2f} kB now" in end
 
 
 def test_metrics_change_nothing() -> None:

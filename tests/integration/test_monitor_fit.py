@@ -82,7 +82,7 @@ def test_what_is_logged() -> None:
     assert list(rows) == list(range(24))
     for kind in ("density", "churn", "itop"):
         assert {f"{kind}/total", *(f"{kind}/{name}" for name in LAYERS)} <= set(rows[0])
-    ours = {"density", "churn", "itop", "drop_fraction", "flops"}
+    ours = {"density", "churn", "itop", "collapse", "drop_fraction", "flops"}
     assert {key.partition("/")[0] for key in rows[0]} == ours
     assert {frozenset(row) for row in rows.values()} == {frozenset(rows[0])}
     for step, row in rows.items():
@@ -390,6 +390,7 @@ def test_a_dense_model(output: Any) -> None:
         "density/total": 1.0,
         "churn/total": 0.0,
         "itop/total": 1.0,
+        "collapse/total": 0.0,
         "flops/inference": dense,
         "flops/inference_ratio": 1.0,
         "flops/training": 3 * dense,

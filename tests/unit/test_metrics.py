@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torchmetrics import Metric
 
 from lightning_sparsity import metrics
 from lightning_sparsity.core.filters import candidates
@@ -18,10 +19,13 @@ from lightning_sparsity.metrics import (
     CompressionRatio,
     Density,
     EffectiveDensity,
+    FLOPs,
     GradientFlow,
     HardnessNormalizedEfficiency,
     MaskSimilarity,
     ParameterEfficiency,
+    expected_jaccard,
+    gradient_norms,
     index_bits,
     live_masks,
 )
@@ -94,6 +98,7 @@ MAKE = {
         (torch.zeros(2), torch.zeros(2), 100),
     ),
     "GradientFlow": (GradientFlow, (pruned(),)),
+    "FLOPs": (FLOPs, (pruned(), torch.zeros(2, 4))),
 }
 
 
@@ -133,8 +138,7 @@ def test_every_metric_is_tried():
     found = {
         name
         for name in metrics.__all__
-        if isinstance(getattr(metrics, name), type)
-        and issubclass(getattr(metrics, name), metrics.Metric)
+        if isinstance(getattr(metrics, name), type) and issubclass(getattr(metrics, name), Metric)
     }
     assert found == set(MAKE)
 
@@ -245,6 +249,61 @@ def test_efficiency_over_batches():
     assert float(hard.compute()) == pytest.approx(math.exp((50_000 - 30_908) / 5704.7) / 2)
 
 
+def test_efficiency_at_a_known_accuracy():
+    net = pruned(zeros=2)
+    assert float(ParameterEfficiency().at(0.75, net)) == pytest.approx(75 / 24e-6)
+    assert float(ParameterEfficiency().at(0.75, masks_of(net, **live_masks(net)))) == pytest.approx(
+        75 / 14e-6
+    )
+    hard = float(HardnessNormalizedEfficiency().at(0.761, 25_600_000))
+    assert hard == pytest.approx(0.1366, abs=5e-5)
+    assert HardnessNormalizedEfficiency().at(0.5, 0) == math.inf
+    with pytest.raises(ValueError, match=r"ParameterEfficiency\.at\(accuracy=76\.1\): must lie in"):
+        ParameterEfficiency().at(76.1, net)
+
+
+# ---------------------------------------------------------------------------------- FLOPs
+
+
+def test_flops_by_hand():
+    net = pruned(zeros=2)  # 6 of 8 weights are live in the first layer, 8 of 8 in the second
+    net[1].train()
+    inputs, before = torch.randn(5, 4), copy.deepcopy(net.state_dict())
+    assert FLOPs()(net, inputs) == 2 * 6 + 2 * 8
+    assert FLOPs(relative=True)(net, (inputs,)) == 28 / 32
+    assert all(module.training for module in net.modules())
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    flops = FLOPs()
+    flops.update(net, inputs)
+    flops.update(pruned(zeros=0), inputs)
+    assert flops.compute() == (28 + 32) / 2
+
+
+def test_flops_of_pictures_and_of_tied_weights():
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(128, 4))
+    net[0].weight.data[:2] = 0
+    assert FLOPs()(net, torch.randn(6, 1, 6, 6)) == 0.75 * 2 * 9 * 8 * 16 + 2 * 128 * 4
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    second.weight = first.weight
+    first.weight.data[0] = 0
+    assert FLOPs()(nn.Sequential(first, second), torch.ones(2, 3)) == 2 * 2 * 6
+
+
+def test_flops_that_are_not_known():
+    net = nn.Sequential(nn.Linear(2, 2))
+    net.append(nn.Module())
+    net[1].idle = nn.Linear(2, 2)
+    net[1].forward = lambda x: x
+    with pytest.raises(RuntimeError, match=r"no countable operation read 1\.idle\.weight"):
+        FLOPs()(net, torch.ones(1, 2))
+    with pytest.raises(RuntimeError, match="the model is compiled"):
+        FLOPs()(torch.compile(pruned(), backend="eager"), torch.ones(1, 4))
+    with pytest.raises(ValueError, match="samples along its first dimension"):
+        FLOPs()(pruned(), torch.tensor(1.0))
+    with pytest.raises(TypeError, match=r"relative=1\): must be True or False"):
+        FLOPs(relative=1)
+
+
 def test_shapes_of_predictions():
     with pytest.raises(ValueError, match=r"preds of shape \(2,\), target of shape \(3,\)"):
         ParameterEfficiency()(torch.zeros(2), torch.zeros(3), 1)
@@ -269,7 +328,53 @@ def test_random_masks_are_as_similar_as_expected():
     p, q = 0.2, 0.5
     a, b = torch.rand(400_000) < p, torch.rand(400_000) < q
     found = float(MaskSimilarity("jaccard")({"w": a}, {"w": b}))
-    assert found == pytest.approx(p * q / (p + q - p * q), rel=0.01)
+    assert found == pytest.approx(expected_jaccard(p, q), rel=0.01)
+
+
+def test_expected_similarity_by_hand():
+    assert expected_jaccard(0.2, 0.5) == pytest.approx(0.1 / 0.6)
+    assert expected_jaccard(1.0, 0.3) == pytest.approx(0.3)
+    assert expected_jaccard(0.0, 0.3) == 0
+    assert expected_jaccard(0.0, 0.0) == 1
+    with pytest.raises(ValueError, match=r"expected_jaccard\(q=1\.5\): must lie in \[0, 1\]"):
+        expected_jaccard(0.5, 1.5)
+
+
+COURSE = [{"w": bits(1, 1, 0, 0)}, {"w": bits(1, 0, 1, 0)}, {"w": bits(0, 0, 1, 1)}]
+
+
+@pytest.mark.parametrize(
+    ("to", "found"),
+    [("first", [1, 0.5, 0]), ("last", [1, 0.5, 0.5]), ({"w": bits(0, 0, 1, 1)}, [0, 0.5, 1])],
+)
+def test_similarity_over_time(to, found):
+    metric = MaskSimilarity("overlap", to=to)
+    assert [float(metric(masks)) for masks in COURSE] == found
+    counted = found[1:] if isinstance(to, str) else found  # the first update only looks
+    assert float(metric.compute()) == pytest.approx(sum(counted) / len(counted))
+    metric.reset()
+    assert metric(COURSE[2]) == {"first": 0, "last": 1}.get(str(to), 1)
+
+
+def test_what_is_compared_with_does_not_change():
+    mask = bits(1, 1, 0, 0)
+    for metric in (MaskSimilarity("hamming"), MaskSimilarity("hamming", to={"w": mask})):
+        assert metric({"w": mask}) == 0
+    mask.logical_not_()
+    assert metric({"w": mask}) == 1
+
+
+@pytest.mark.parametrize("make", [MaskSimilarity, Churn, ITOP])
+def test_what_is_remembered_can_be_saved(make, tmp_path):
+    metric, other = make(), make()
+    metric({"w": bits(1, 1, 0, 0)})
+    torch.save(metric.past(), tmp_path / "past.pt")
+    other.recall(torch.load(tmp_path / "past.pt", weights_only=True))
+    now = {"w": bits(1, 0, 1, 0)}
+    found = {MaskSimilarity: 1 / 3, Churn: 0.5, ITOP: 0.75}[make]
+    assert float(other(now)) == float(metric(now)) == pytest.approx(found)
+    other.recall({})
+    assert other.past() == {}
 
 
 def test_masks_of_other_weights():
@@ -282,6 +387,10 @@ def test_masks_of_other_weights():
             metric.update({"a": bits(1)})
     with pytest.raises(ValueError, match=r"MaskSimilarity\(kind='dice'\)"):
         MaskSimilarity("dice")
+    with pytest.raises(
+        ValueError, match=r"MaskSimilarity\(to='start'\): must be \"first\", \"last\""
+    ):
+        MaskSimilarity(to="start")
 
 
 def test_churn_goes_on_over_a_reset():
@@ -328,6 +437,19 @@ def test_gradient_flow_by_hand():
     assert float(GradientFlow(live=False)(net)) == pytest.approx(math.sqrt(36 + 64 + 16))
     net[1].weight.grad = None
     assert float(GradientFlow()(masks_of(net))) == pytest.approx(10)  # every weight is live there
+
+
+def test_gradient_norms_by_layer():
+    net = pruned(zeros=3)
+    for parameter in net.parameters():
+        parameter.grad = torch.full_like(parameter, 2.0)
+    found = {name: float(norm) for name, norm in gradient_norms(net).items()}
+    assert found == pytest.approx({"0.weight": 2 * 5**0.5, "3.weight": 2 * 8**0.5})
+    every = gradient_norms(net, live=False, among=[net[0].weight])
+    assert {name: float(norm) for name, norm in every.items()} == pytest.approx(
+        {"0.weight": 2 * 8**0.5}
+    )
+    assert float(GradientFlow()(gradient_norms(net))) == float(GradientFlow()(net))
 
 
 def test_gradient_flow_is_a_mean_over_updates():

@@ -297,6 +297,7 @@ def test_charts_find_their_tags():
     assert of("density/net.0.weight") == ["density by layer"]
     assert len(of("churn/total")) == len(of("itop/net.0.weight")) == 1
     assert of("flops/training_ratio") == ["FLOPs relative to dense"]
+    assert of("collapse/total") == of("collapse/net.0.weight") == ["layers that collapsed"]
     assert of("flops/training") == of("train_loss") == of("my_density/x") == []
 
 

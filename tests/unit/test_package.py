@@ -63,7 +63,7 @@ def test_pure_modules_do_not_know_lightning(path: Path) -> None:
         "callbacks",
         "core",
         "lottery",
-        "metrics.py",
+        "metrics",
         "monitors",
         "monitors.py",
         "testing.py",
