@@ -176,8 +176,8 @@ class MaskCallback(SparsityCallback):
         density = sum(kept.live for kept in mine) / sum(kept.numel for kept in mine)
         rank_zero_warn(
             f"{self._name}: training was stopped {when}; the density is {density:.4g}, not "
-            f"{self.density or 'the final one'}. Let what stops it (EarlyStopping, max_time) begin "
-            "later."
+            f"{self.density or 'the final one'}. Let what stops it (EarlyStopping, max_time, "
+            "max_steps) come later."
         )
 
     # ----------------------------------------------------------- what the engine asks

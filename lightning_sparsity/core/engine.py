@@ -625,14 +625,27 @@ class Engine:
                 self.masks[name].slots = {} if gatherer == run.key else dict(fresh)
 
     def update(self, method: object) -> None:
-        """Run an update that a method asks for, between two batches."""
+        """Run an update that a method asks for, between two batches.
+
+        Raises:
+            NonFiniteScoreError: If a score is not finite.
+        """
         runs = [run for run in self.runs if run.method is method]
         for run in runs:
-            self._update(run)
+            self._apply(run)
         if self.storage is not None:
             self.storage.settle([name for run in runs for name in run.names])
 
     def _update(self, run: Run) -> None:
+        """Run an update, or let it wait."""
+        try:
+            self._apply(run)
+        except NonFiniteScoreError as error:
+            run.pending = True
+            waits = "The update waits for the next step with finite scores."
+            self._warn(f"{run.key} waits", f"{error} {waits}")
+
+    def _apply(self, run: Run) -> None:
         run.updates += 1
         layers = {layer.name: layer for layer in self._layers(run)}
         if not run.method.on_parts:
@@ -645,12 +658,8 @@ class Engine:
                 layers |= {layer.name: layer for layer in changed}
         except NonFiniteScoreError as error:
             run.updates -= 1
-            run.pending = True
-            self._warn(
-                f"{run.key} waits",
-                f"{run.key}: {error} The update waits for the next step with finite scores.",
-            )
-            return
+            why = str(error).removeprefix(f"{run.key}: ")
+            raise NonFiniteScoreError(f"{run.key}: {why}") from None
         self._agree(
             f"after the update of {run.key} at step {run.owner.steps}", list(layers.values())
         )

@@ -82,10 +82,18 @@ class MaskKeeper(Callback):
 
         Args:
             method: The callback, which may ask before a batch, in ``on_train_batch_start``.
+
+        Raises:
+            NonFiniteScoreError: If a score is not finite; nothing is changed.
         """
         if (model := self._model()) is not None:
             reshard(model)  # the validation was a pass
         self._running.update(method)
+
+    @property
+    def seed(self) -> int:
+        """Of random choices in this training, the same on every process."""
+        return self._running.seed
 
     # ------------------------------------------------------------------ start and end
 

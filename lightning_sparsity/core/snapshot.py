@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -84,7 +85,8 @@ def copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return whole(value).detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
-        return {key: copied(item) for key, item in value.items()}
+        made = {key: copied(item) for key, item in value.items()}
+        return Counter(made) if isinstance(value, Counter) else made  # milestones of a schedule
     if isinstance(value, list | tuple):
         return type(value)(copied(item) for item in value)
     return value

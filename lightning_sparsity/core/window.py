@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Literal, TypeGuard
@@ -170,7 +171,8 @@ class Asked(Window):
 
     def resolve(self, total: float, arrives: bool = False) -> Steps:
         """This window in steps; see :class:`Window`."""
-        return replace(super().resolve(total, arrives), asked=True)
+        end = resolve(self.end, total) if math.isfinite(total) else sys.maxsize
+        return Steps(self.every, resolve(self.start, total), end, arrives, asked=True)
 
 
 @dataclass(frozen=True)

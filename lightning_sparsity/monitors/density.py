@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -19,6 +20,8 @@ from lightning_sparsity.callbacks.base import SparsityCallback
 from lightning_sparsity.connectivity import CollapseError
 from lightning_sparsity.core.keeper import MaskKeeper, nobody
 from lightning_sparsity.core.numbers import plain
+from lightning_sparsity.core.storage import StoragePolicy
+from lightning_sparsity.metrics import GradientFlow
 from lightning_sparsity.monitors import tensorboard
 from lightning_sparsity.monitors.requested import check_metrics
 from lightning_sparsity.monitors.watch import Watch
@@ -137,21 +140,37 @@ class DensityMonitor(SparsityCallback):
         self.on_collapse = on_collapse
         self._restored: dict[str, Any] = {}
         self._model: Callable[[], pl.LightningModule | None] = nobody
+        self._trainer: Callable[[], pl.Trainer | None] = nobody
         self._watch: Watch | None = None
         self._logged = True
         self._drawn = -1
         self._flops_told = False
-        self._warned: set[str] = set()
+        self._told_accuracy = False
+        self._told_cut: set[str] = set()
+        self._told_neurons: set[str] = set()
 
     # ------------------------------------------------------------------ start and end
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Bring the keeper; forget what belongs to another model."""
+        """Bring the keeper; forget what belongs to another training."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            if self._model() is not pl_module:
+            if self._model() is not pl_module or self._trainer() is not trainer:
                 self._restored = {}
-            self._model = weakref.ref(pl_module)
+            self._model, self._trainer = weakref.ref(pl_module), weakref.ref(trainer)
+            self._check_gradients(trainer)
+
+    def _check_gradients(self, trainer: pl.Trainer) -> None:
+        """Refuse gradients off the masks where there may be none."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        for tag, metric in self.metrics.items():
+            off = isinstance(metric, GradientFlow) and not metric.live
+            if off and any(isinstance(callback, StoragePolicy) for callback in callbacks):
+                raise MisconfigurationException(
+                    f"DensityMonitor(metrics={{{tag!r}: GradientFlow(live=False)}}): weights that "
+                    "SparseCompute keeps compressed have no gradient off the mask. Use live=True, "
+                    "or leave one of the two out."
+                )
 
     def on_masks_ready(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, keeper: MaskKeeper
@@ -170,7 +189,7 @@ class DensityMonitor(SparsityCallback):
         self._logged, self._drawn, self._flops_told = True, -1, False
         for writer in tensorboard.writers(trainer):
             writer.add_custom_scalars(tensorboard.layout())
-        self._warned = set()
+        self._told_cut, self._told_neurons, self._told_accuracy = set(), set(), False
         table = reports.allocation_table(watch.masks, pl_module)
         wired = reports.connectivity_line(watch.wiring) if watch.wiring else ""
         self._report(trainer, "start", "\n".join(filter(None, (table, wired))))
@@ -186,7 +205,7 @@ class DensityMonitor(SparsityCallback):
         if self.histograms is not None:
             self._draw(trainer, _step(trainer) - 1)
         self._report(trainer, "end", self._watch.report())
-        if self.accuracy is not None and self._accuracy(trainer) is None:
+        if self.accuracy is not None and self.accuracy not in trainer.callback_metrics:
             rank_zero_warn(
                 f"DensityMonitor(accuracy={self.accuracy!r}): the model logged nothing so named."
             )
@@ -287,12 +306,12 @@ class DensityMonitor(SparsityCallback):
                 f"{message} Raise the density, or choose a distribution that leaves every layer "
                 'some weights; DensityMonitor(on_collapse="warn") goes on.'
             )
-        if set(cut) - self._warned:  # of dead layers the engine warns
-            self._warned.update(cut)
+        if set(cut) - self._told_cut:  # of dead layers the engine warns
+            self._told_cut.update(cut)
             rank_zero_warn(message)
-        dead_neurons = {k: v for k, v in watch.dead_neurons.items() if k not in self._warned}
+        dead_neurons = {k: v for k, v in watch.dead_neurons.items() if k not in self._told_neurons}
         if dead_neurons:
-            self._warned.update(dead_neurons)
+            self._told_neurons.update(dead_neurons)
             counts = ", ".join(f"{count} in {name}" for name, count in dead_neurons.items())
             rank_zero_warn(f"Dead neurons, which nothing enters or nothing reads: {counts}.")
 
@@ -314,8 +333,19 @@ class DensityMonitor(SparsityCallback):
             logger.log_metrics({**found, **asked}, step)
 
     def _accuracy(self, trainer: pl.Trainer) -> float | None:
+        """The latest accuracy, if there is one that can be."""
         logged = trainer.callback_metrics.get(self.accuracy) if self.accuracy else None
-        return None if logged is None else float(logged)
+        if logged is None:
+            return None
+        if 0 <= float(logged) <= 1:
+            return float(logged)
+        if not self._told_accuracy:
+            self._told_accuracy = True
+            rank_zero_warn(
+                f"DensityMonitor(accuracy={self.accuracy!r}): the model logged {float(logged):g}; "
+                "efficiencies need an accuracy in [0, 1], and are not logged for others."
+            )
+        return None
 
     def _draw(self, trainer: pl.Trainer, step: int) -> None:
         assert self._watch is not None
@@ -363,7 +393,7 @@ class DensityMonitor(SparsityCallback):
     def __getstate__(self) -> dict[str, Any]:
         """Pickles without the model."""
         state = {**super().__getstate__(), "_model": nobody, "_watch": None}
-        return {**state, "_restored": self.state_dict()}
+        return {**state, "_trainer": nobody, "_restored": self.state_dict()}
 
 
 def _step(trainer: pl.Trainer) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,12 @@ from lightning_sparsity.core.storage import IGNORED_BY_DDP
 from lightning_sparsity.metrics import GradientFlow, ParameterEfficiency, gradient_norms
 from lightning_sparsity.ops.ranks import are_several, mean_over_ranks
 
+_OWN = {
+    *(f"{kind}/total" for kind in ("density", "churn", "itop", "collapse", "effective_density")),
+    *(f"flops/{kind}" for kind in ("inference", "training", "inference_ratio", "training_ratio")),
+}
+"""Tags that the monitor has for numbers of its own."""
+
 
 class Requested:
     """Metrics of one ``fit``: of gradients, of accuracy, and all others of masks.
@@ -27,15 +34,12 @@ class Requested:
     """
 
     def __init__(self, metrics: Mapping[str, Metric], model: pl.LightningModule) -> None:
-        self._all = dict(metrics)
-        self._flows = {k: m for k, m in metrics.items() if isinstance(m, GradientFlow)}
-        self._efficiencies = {
-            key: metric
-            for key, metric in metrics.items()
-            if isinstance(metric, ParameterEfficiency)
-        }
+        # copies: the user's may be at work elsewhere
+        self._all = mine = {tag: copy.deepcopy(metric) for tag, metric in metrics.items()}
+        self._flows = {k: m for k, m in mine.items() if isinstance(m, GradientFlow)}
+        self._efficiencies = {k: m for k, m in mine.items() if isinstance(m, ParameterEfficiency)}
         others = self._flows.keys() | self._efficiencies.keys()
-        self._of_masks: dict[str, Any] = {k: m for k, m in metrics.items() if k not in others}
+        self._of_masks: dict[str, Any] = {k: m for k, m in mine.items() if k not in others}
         self._model = model
         self._norms: dict[str, dict[str, Tensor]] = {}
 
@@ -51,7 +55,7 @@ class Requested:
             if hasattr(metric, "recall"):
                 metric.recall(state.get(key, {}))
             if key not in state:
-                metric(self._model)
+                _number(key, metric(self._model))
 
     def see_gradients(self, optimizer: Optimizer) -> None:
         """Measure the gradients with which an optimizer is about to step."""
@@ -74,7 +78,7 @@ class Requested:
             accuracy: Of the model, in [0, 1], if it is known.
             per_layer: Whether to give the gradient norm of each weight as well.
         """
-        found = {key: float(metric(self._model)) for key, metric in self._of_masks.items()}
+        found = {key: _number(key, metric(self._model)) for key, metric in self._of_masks.items()}
         for key, metric in self._efficiencies.items():
             value = metric.at(0.0 if accuracy is None else accuracy, self._model)
             found |= {} if accuracy is None else {key: float(value)}
@@ -98,7 +102,8 @@ def check_metrics(metrics: Mapping[str, Metric] | None, accuracy: str | None) ->
     Raises:
         TypeError: If an argument is of the wrong type, or a metric is updated with others than
             a model.
-        ValueError: If an efficiency has no accuracy, or an accuracy no efficiency.
+        ValueError: If a tag is one of the monitor's own, an efficiency has no accuracy, or an
+            accuracy no efficiency.
     """
     if metrics is not None and not isinstance(metrics, Mapping):
         raise TypeError(
@@ -109,6 +114,8 @@ def check_metrics(metrics: Mapping[str, Metric] | None, accuracy: str | None) ->
         named = f"DensityMonitor(metrics={{{tag!r}: {metric!r}}})"
         if not isinstance(tag, str) or not isinstance(metric, Metric):
             raise TypeError(f"{named}: must be a name and a torchmetrics.Metric.")
+        if tag in _OWN:
+            raise ValueError(f"{named}: the monitor logs {tag} itself; take another tag.")
         if not isinstance(metric, ParameterEfficiency) and not _takes_a_model(metric):
             raise TypeError(
                 f"{named}: its update needs other arguments than a model; log it in the model."
@@ -123,6 +130,22 @@ def check_metrics(metrics: Mapping[str, Metric] | None, accuracy: str | None) ->
             f"DensityMonitor(accuracy={accuracy!r}): must be the name under which the model logs "
             "its accuracy if metrics= has a ParameterEfficiency, and None if not."
         )
+
+
+def _number(tag: str, value: Any) -> float:
+    """The value of a metric.
+
+    Raises:
+        TypeError: If it is not a single number.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return float(value)
+    if isinstance(value, int | float):
+        return float(value)
+    raise TypeError(
+        f"DensityMonitor(metrics={{{tag!r}: ...}}): its value is a {type(value).__name__}, and "
+        "must be a single number; log it in the model."
+    )
 
 
 def _takes_a_model(metric: Metric) -> bool:

@@ -43,8 +43,11 @@ class PoolOfParts(Pool):
         super().__init__([_part(s, s) for s in likes], candidates)
 
     def _count_candidates(self) -> list[int]:
-        here = self.candidates or [torch.ones_like(s, dtype=torch.bool) for s in self.scores]
-        counts: list[int] = self._gather([c.count_nonzero() for c in here]).tolist()
+        if self.candidates is None:
+            here = [torch.tensor(s.numel(), device=self.home) for s in self.scores]
+        else:
+            here = [c.count_nonzero() for c in self.candidates]
+        counts: list[int] = self._gather(here).tolist()
         return counts
 
     def kth_largest(self, k: int) -> float:

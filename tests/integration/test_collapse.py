@@ -144,6 +144,29 @@ def test_dead_neurons_are_told_once_per_layer() -> None:
         fit([Changing(dying), DensityMonitor(print_tables=False)])
 
 
+def test_dead_neurons_do_not_hide_a_collapse() -> None:
+    def dying(layers: Layers, budget: Budget, progress: float) -> Layers:
+        """A neuron of the middle layer, then all that it reads."""
+        made = list(layers)
+        mask = made[1].mask.clone()
+        mask[0] = False
+        if progress >= 0.5:
+            first = torch.zeros_like(made[0].mask)
+            first[0] = True
+            made[0] = made[0].with_units(first.flatten())
+            mask[:, :16] = False  # the one channel that is left
+        made[1] = made[1].with_units(mask.flatten())
+        return made
+
+    with pytest.warns(UserWarning) as found:
+        fit([Changing(dying), DensityMonitor(connectivity=True, print_tables=False)])
+    said = [str(w.message) for w in found]
+    assert any("Dead neurons" in text and "net.5.weight" in text for text in said)
+    assert any(
+        "Layer collapse" in text and "on a path" in text and "net.5.weight" in text for text in said
+    )
+
+
 # -------------------------------------------------------------------------------- error
 
 

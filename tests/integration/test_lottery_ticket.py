@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_sparsity import DensityMonitor, LotteryTicket, Rows, SparseCompute
+from lightning_sparsity import DensityMonitor, LotteryTicket, Rows, SparseCompute, StaticSparse
+from lightning_sparsity.core.keeper import MaskKeeper
+from lightning_sparsity.ops.selection import NonFiniteScoreError
 from lightning_sparsity.testing import Batches, Result, TinyModel, fit
 
 HIDDEN = "net.5.weight"
@@ -162,23 +166,137 @@ def test_fine_tuning_sends_nothing_back() -> None:
     assert steps.momentum[8] is not None
 
 
-@pytest.mark.parametrize("storage", [[], [SparseCompute("csr")]])
-def test_reinitialized_weights_are_those_of_the_start_in_other_places(storage: Any) -> None:
+class Rounds(Callback):
+    """Masks and weights at the first batch of every epoch."""
+
+    def __init__(self) -> None:
+        self.masks: list[dict[str, Tensor]] = []
+        self.weights: list[dict[str, Tensor]] = []
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        keeper = MaskKeeper.of(trainer)
+        if batch_idx == 0 and keeper is not None and keeper.masks is not None:
+            state = pl_module.state_dict()
+            self.masks.append({kept.name: kept.mask.clone() for kept in keeper.masks})
+            self.weights.append({name: state[name].clone() for name in self.masks[-1]})
+
+
+@pytest.mark.parametrize("storage", [[], [SparseCompute("csr")]], ids=["dense", "csr"])
+@pytest.mark.parametrize("before", [[], [StaticSparse(0.5)]], ids=["alone", "after another"])
+def test_reinitialized_weights_are_those_of_the_start_in_other_places(
+    before: list[Callback], storage: list[Callback]
+) -> None:
+    ticket, look = LotteryTicket(0.1, rounds=2, treatment="reinitialize"), Rounds()
     steps = Steps()
-    fit([LotteryTicket(0.1, rounds=2, treatment="reinitialize"), *storage, steps], Scheduled)
-    for start in (8, 16):
-        for early, late in zip(sparse(steps.states[0]), sparse(steps.states[start]), strict=True):
-            alive = late != 0
-            drawn = late[alive]
-            assert 0 < len(drawn) < early.numel()
-            assert len(set(drawn.tolist()) - set(early.flatten().tolist())) == 0
-            assert (drawn != early[alive]).float().mean() > 0.8
-        assert steps.rates[start] == steps.rates[0]
-        assert steps.momentum[start] is None
-        assert torch.equal(steps.states[start]["net.5.bias"], steps.states[0]["net.5.bias"])
-    again = [sparse(steps.states[start])[1] for start in (8, 16)]
-    both = (again[0] != 0) & (again[1] != 0)
-    assert (again[0] != again[1])[both].float().mean() > 0.8
+    fit([*copy.deepcopy([*before, ticket, *storage]), look, steps], Scheduled)
+    drawn: list[Tensor] = []
+    for masks, weights in zip(look.masks[1:], look.weights[1:], strict=True):
+        for name, mask in masks.items():
+            start = look.weights[0][name]
+            live = weights[name][mask]
+            assert 0 < len(live) < mask.numel()
+            assert (live != 0).all()
+            assert set(live.tolist()) <= set(start.flatten().tolist())
+            assert (live != start[mask]).float().mean() > 0.8
+            assert not weights[name][~mask].any()
+        drawn.append(weights[HIDDEN])
+    both = (drawn[0] != 0) & (drawn[1] != 0)
+    assert (drawn[0] != drawn[1])[both].float().mean() > 0.8  # another draw for every round
+    for begins in (8, 16):
+        assert steps.rates[begins] == steps.rates[0]
+        assert steps.momentum[begins] is None
+        assert torch.equal(steps.states[begins]["net.5.bias"], steps.states[0]["net.5.bias"])
+
+
+def test_another_trainer_begins_anew() -> None:
+    ticket, model = LotteryTicket(0.1, rounds=2), TinyModel()
+    for _ in range(2):
+        look = Rounds()
+        fit([ticket, look], lambda: model)
+        live = [sum(int(m.count_nonzero()) for m in masks.values()) for masks in look.masks]
+        assert live == [2184, round(2184 * 0.1**0.5), 218]
+
+
+def test_weights_that_are_no_numbers_end_the_training() -> None:
+    class Broken(Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            pl_module.net[5].weight.data[0, 0] = torch.nan
+
+    with pytest.raises(NonFiniteScoreError, match=r"^LotteryTicket: scores.1.: 1 of 2048"):
+        fit([LotteryTicket(0.1, rounds=2), Broken()])
+
+
+def test_there_is_one_ticket() -> None:
+    class Mine(LotteryTicket):
+        pass
+
+    first = LotteryTicket(0.1, rounds=2, exclude=HIDDEN)
+    with pytest.raises(MisconfigurationException, match="has two"):
+        fit([first, Mine(0.1, rounds=2, include=HIDDEN)])
+
+
+def test_data_without_a_length() -> None:
+    class Stream(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(Batches())
+
+    data = torch.utils.data.DataLoader(Stream(), batch_size=None)
+    assert fit([LotteryTicket(0.1, rounds=2)], data=data).live == 218
+
+
+def test_schedules_in_a_row_go_back() -> None:
+    class InARow(TinyModel):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=2)
+            falls = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4])
+            both = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, falls], [2])
+            return [optimizer], [{"scheduler": both, "interval": "step"}]
+
+    steps = Steps()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The epoch parameter in")  # torch's own call
+        fit([LotteryTicket(0.1, rounds=2), steps], InARow)
+    assert len(set(steps.rates[:8])) > 3
+    assert steps.rates == 3 * steps.rates[:8]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"rewind_to": 1, "max_epochs": 4},
+        {"rounds": 5, "round_epochs": 1},
+        {"treatment": "fine_tune"},
+    ],
+)
+def test_a_checkpoint_of_other_rounds_is_refused(other: dict[str, Any], tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    rounds = {"rounds": 2, "round_epochs": 2}
+    ticket = LotteryTicket(0.1, **rounds)  # type: ignore[arg-type]
+    fit([ticket, saver], Scheduled, max_epochs=6, enable_checkpointing=True)
+    epochs = other.pop("max_epochs", 6)
+    changed = LotteryTicket(0.1, **{**rounds, **other})
+    path = str(tmp_path / "step=12.ckpt")
+    with pytest.raises(MisconfigurationException, match=r"was made with .*'rounds': 2"):
+        fit(
+            [changed, saver],
+            Scheduled,
+            max_epochs=epochs,
+            enable_checkpointing=True,
+            ckpt_path=path,
+        )
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_the_middle_of_an_epoch_is_not_its_start(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="dense", every_n_train_steps=3)
+    fit([saver], Scheduled, max_epochs=1, max_steps=3, enable_checkpointing=True)
+    path = str(tmp_path / "dense.ckpt")
+    with pytest.raises(MisconfigurationException, match=r"epoch 0 with batch 3.*not known"):
+        run(LotteryTicket(0.1, rounds=2), ckpt_path=path)
 
 
 def test_nothing_else_happens_at_density_one_without_going_back() -> None:

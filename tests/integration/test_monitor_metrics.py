@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
@@ -23,6 +24,7 @@ from lightning_sparsity.metrics import (
     ITOP,
     Churn,
     CompressionRatio,
+    Density,
     FLOPs,
     GradientFlow,
     HardnessNormalizedEfficiency,
@@ -159,6 +161,53 @@ def test_another_model_starts_anew() -> None:
         assert memory.rows[7]["start"] < 1
 
 
+def test_another_trainer_starts_anew() -> None:
+    model, monitor = TinyModel(), DensityMonitor(metrics={"ever": ITOP()}, print_tables=False)
+    for _ in range(2):
+        memory = Memory()
+        fit([rigl(), monitor], lambda: model, logger=memory, log_every_n_steps=1, max_epochs=1)
+        first, last = memory.rows[0], memory.rows[7]
+        assert first["itop/total"] == first["density/total"] < last["itop/total"]
+        assert first["ever"] == pytest.approx(first["density/total"])
+        assert last["ever"] == pytest.approx(last["itop/total"])
+
+
+def test_metrics_that_are_at_work_elsewhere_are_left_alone() -> None:
+    class Own(TinyModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = Density()
+            self.seen: list[int] = []
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.own.update(self)
+            self.seen.append(int(self.own.weights))
+
+    model, churn = Own(), Churn()
+    metrics = {"own": model.own, "one": churn, "two": churn}
+    rows, _ = run(rigl(), model=lambda: model, metrics=metrics)
+    assert model.seen == [2184 * (batch + 1) for batch in range(24)]
+    assert any(row["one"] > 0 for row in rows.values())
+    assert all(row["one"] == row["two"] for row in rows.values())
+
+
+class Pair(Metric):
+    """A metric of two numbers."""
+
+    def update(self, model: Any) -> None:
+        pass
+
+    def compute(self) -> dict[str, float]:
+        return {"a": 1.0, "b": 2.0}
+
+
+def test_a_metric_must_be_a_number() -> None:
+    with pytest.raises(
+        TypeError, match=r"\{'pair': \.\.\.\}\): its value is a dict, and must be a"
+    ):
+        run(rigl(), metrics={"pair": Pair()})
+
+
 def test_without_a_method_the_zeros_count() -> None:
     rows, _ = run(metrics={"csr": CompressionRatio("csr"), "flow": GradientFlow()})
     assert rows[0]["csr"] < 1
@@ -272,8 +321,8 @@ def test_compressed_weights_give_the_same_numbers() -> None:
 
 
 def test_gradients_off_the_mask_of_compressed_weights_are_not_known() -> None:
-    message = r"net\.0\.weight are asked for off its mask \(live=False\), and it is kept compressed"
-    with pytest.raises(ValueError, match=message):
+    message = r"'every': GradientFlow\(live=False\).*compressed have no gradient off the mask"
+    with pytest.raises(MisconfigurationException, match=message):
         run(rigl(), SparseCompute("csr"), metrics={"every": GradientFlow(live=False)})
 
 
@@ -306,6 +355,23 @@ def test_efficiency_takes_the_accuracy_that_was_logged() -> None:
     assert rows[16]["hard"] == pytest.approx(2.718281828 ** ((25_000 - 30_908) / 5704.7) / millions)
 
 
+def test_an_accuracy_in_per_cent_is_told_and_left_out() -> None:
+    class PerCent(Accurate):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_acc", 25.0 * (self.current_epoch + 1))
+
+    with pytest.warns(UserWarning, match=r"accuracy='val_acc'\): the model logged 25; ") as told:
+        rows, _ = run(
+            StaticSparse(0.25),
+            model=PerCent,
+            metrics={"per_million": ParameterEfficiency()},
+            monitor={"accuracy": "val_acc"},
+            num_sanity_val_steps=0,
+        )
+    assert sum("the model logged" in str(w.message) for w in told) == 1
+    assert not any("per_million" in row for row in rows.values())
+
+
 def test_an_accuracy_that_nobody_logs_is_told() -> None:
     with pytest.warns(UserWarning, match=r"accuracy='acc'\): the model logged nothing so named"):
         run(metrics={"pe": ParameterEfficiency()}, monitor={"accuracy": "acc"}, max_epochs=1)
@@ -321,12 +387,18 @@ def test_an_accuracy_that_nobody_logs_is_told() -> None:
         ({"csr": "csr"}, r"^DensityMonitor\(metrics=\{'csr': 'csr'\}\): must be a name and a "),
         ({1: CompressionRatio()}, r"^DensityMonitor\(metrics=\{1: CompressionRatio\(\)\}\): must"),
         ({"acc": MulticlassAccuracy(3)}, r"MulticlassAccuracy\(\)\}\): its update needs other arg"),
-        ({"flops": FLOPs()}, r"\{'flops': FLOPs\(\)\}\): its update needs other arguments than a"),
+        ({"cost": FLOPs()}, r"\{'cost': FLOPs\(\)\}\): its update needs other arguments than a"),
     ],
 )
 def test_metrics_that_are_refused(metrics: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         DensityMonitor(metrics=metrics)
+
+
+@pytest.mark.parametrize("tag", ["density/total", "flops/training", "collapse/total"])
+def test_tags_of_the_monitor_are_taken(tag: str) -> None:
+    with pytest.raises(ValueError, match="itself; take another tag"):
+        DensityMonitor(metrics={tag: CompressionRatio()})
 
 
 def test_efficiency_and_accuracy_need_each_other() -> None:

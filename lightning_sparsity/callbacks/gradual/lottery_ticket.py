@@ -7,21 +7,23 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from lightning_sparsity.callbacks.base import MaskCallback
-from lightning_sparsity.core.filters import Selection, linear_and_conv
+from lightning_sparsity.core.filters import Selection, linear_and_conv, plain_name
 from lightning_sparsity.core.keeper import MaskKeeper, nobody
 from lightning_sparsity.core.layer import Distribution, Layers
 from lightning_sparsity.core.method import Share
 from lightning_sparsity.core.numbers import plain
+from lightning_sparsity.core.randomness import generator
 from lightning_sparsity.core.snapshot import put_back, take
 from lightning_sparsity.core.window import Asked
 from lightning_sparsity.distributions import global_by
 from lightning_sparsity.rules import drop
 from lightning_sparsity.schedules import exponential
 from lightning_sparsity.scores import magnitude
-from lightning_sparsity.starts import redraw
 from lightning_sparsity.structures import Structure
 
 _TREATMENTS = ("rewind", "learning_rate", "reinitialize", "fine_tune")
@@ -40,15 +42,18 @@ class LotteryTicket(MaskCallback):
       lottery ticket; later: Frankle et al., 2020, arXiv:1912.05671);
     - "learning_rate": weights stay, the optimizer and its schedule go back (Renda et al., 2020,
       arXiv:2003.02389);
-    - "reinitialize": as "rewind" to the start, but the start values of each layer that has been
-      pruned are dealt out anew over its weights (Liu et al., 2019, arXiv:1810.05270), a control;
+    - "reinitialize": as "rewind" to the start, but the start values of each layer are dealt out
+      anew over its weights (Liu et al., 2019, arXiv:1810.05270), a control;
     - "fine_tune": nothing goes back.
 
     The first training has ``round_epochs`` epochs; the others go on from epoch ``rewind_to`` and
     have that many less. So a schedule of the learning rate must span one round (with "fine_tune",
     the whole ``fit``); one that is put in its place on the way, as by weight averaging, is left
-    alone. Data go on: a later round sees other shuffles than the first. To go back to a step in
-    the middle of an epoch, use :func:`~lightning_sparsity.lottery.run_imp`.
+    alone. Data go on: a later round sees other shuffles than the first. Whatever else looks at
+    the whole ``fit`` goes on too: running averages of the weights, the patience of
+    ``EarlyStopping``, and ``ModelCheckpoint(monitor=...)``, which may find the best epoch in a
+    denser round. To go back to a step in the middle of an epoch, use
+    :func:`~lightning_sparsity.lottery.run_imp`. There is one ticket per Trainer.
 
     Args:
         density: Live share of all sparse weights in the last round, in (0, 1].
@@ -134,9 +139,9 @@ class LotteryTicket(MaskCallback):
 
     def _forget(self) -> None:
         self._begun = 0
-        self._redraws = False
         self._snapshot: dict[str, Any] | None = None
         self._model: Callable[[], pl.LightningModule | None] = nobody
+        self._trainer: Callable[[], pl.Trainer | None] = nobody
 
     # ------------------------------------------------------------------------ pruning
 
@@ -150,15 +155,8 @@ class LotteryTicket(MaskCallback):
         self._budget.check_found(layers, share)
         return layers
 
-    @property
-    def on_parts(self) -> bool:
-        """Whether sharded layers need not be gathered: they must be to deal out their values."""
-        return not self._redraws and super().on_parts
-
     def update(self, layers: Layers, share: Share, progress: float) -> Layers:
-        """Prune to the density of the next round, or draw what is left of its start anew."""
-        if self._redraws:
-            return redraw(layers, [layer.live for layer in layers], progress)
+        """Prune to the density of the next round."""
         assert self.rule is not None
         budget = self._budget.on_the_way(layers, share, self._begun / self.rounds)
         return self.rule(layers, budget, progress)
@@ -166,11 +164,17 @@ class LotteryTicket(MaskCallback):
     # ------------------------------------------------------------------------- rounds
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check that the rounds fill the training."""
+        """Check that the rounds fill the training, and forget another one."""
         super().setup(trainer, pl_module, stage)
-        if self._model() is not pl_module:
+        if stage == "fit" and (self._model() is not pl_module or self._trainer() is not trainer):
             self._forget()
-            self._model = weakref.ref(pl_module)
+            self._model, self._trainer = weakref.ref(pl_module), weakref.ref(trainer)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(callback, LotteryTicket) for callback in callbacks) > 1:
+            raise MisconfigurationException(
+                "LotteryTicket: the Trainer has two, and each would send the whole model back. Use "
+                "one, which may give layers densities of their own, with distribution=."
+            )
         later = self.round_epochs - self.rewind_to
         needed = self.round_epochs + self.rounds * later
         dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
@@ -183,7 +187,7 @@ class LotteryTicket(MaskCallback):
             )
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Remember where to rewind to; begin the next round, when the last one was validated.
 
@@ -200,11 +204,11 @@ class LotteryTicket(MaskCallback):
         later = self.round_epochs - self.rewind_to
         turn = max(0, 1 + (epoch - self.round_epochs) // later)
         if self._snapshot is None and self.treatment != "fine_tune" and epoch >= self.rewind_to:
-            if epoch > self.rewind_to:
+            if epoch > self.rewind_to or batch_idx > 0:
                 raise MisconfigurationException(
                     f"LotteryTicket(rewind_to={self.rewind_to}): training goes on in epoch "
-                    f"{epoch}, and what it was in epoch {self.rewind_to} is not known. Begin "
-                    "anew, or go back to a later epoch."
+                    f"{epoch} with batch {batch_idx}, and what it was as epoch {self.rewind_to} "
+                    "began is not known. Begin anew, or go back to a later epoch."
                 )
             self._snapshot = take(trainer, pl_module)
         if turn <= self._begun:
@@ -212,16 +216,30 @@ class LotteryTicket(MaskCallback):
         self._begun = turn
         keeper.update(self)
         if self._snapshot is not None:
-            rewinds = self.treatment in ("rewind", "reinitialize")
-            put_back(self._snapshot, trainer, pl_module, weights=rewinds)
-        if self.treatment == "reinitialize":
-            self._redraws = True
-            try:
-                keeper.update(self)
-            finally:
-                self._redraws = False
+            start = self._snapshot
+            if self.treatment == "reinitialize":
+                start = {**start, "module": self._dealt(start["module"], keeper)}
+            put_back(start, trainer, pl_module, weights=self.treatment != "learning_rate")
         for optimizer in trainer.optimizers:
             keeper.masks.enforce(keeper.masks, optimizer)
+
+    def _dealt(self, weights: Mapping[str, Tensor], keeper: MaskKeeper) -> dict[str, Tensor]:
+        """A ``state_dict`` in which the values of each sparse weight lie in other places.
+
+        Zeros stay: they were pruned before the start.
+        """
+        dealt = dict(weights)
+        by_name = {plain_name(key): key for key in weights}
+        seed = keeper.seed if self.seed is None else self.seed
+        for kept in keeper.masks or ():
+            if any(kept.name in run.names for run in keeper.runs if id(run.method) == id(self)):
+                keys = [by_name[alias] for alias in kept.aliases if alias in by_name]
+                draw = generator(seed, "LotteryTicket", kept.name, self._begun)
+                start = weights[keys[0]]
+                values = start[start != 0]
+                values = values[torch.randperm(len(values), generator=draw)]
+                dealt |= dict.fromkeys(keys, start.masked_scatter(start != 0, values))
+        return dealt
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say that training was stopped before the last pruning, as by EarlyStopping."""
@@ -238,13 +256,27 @@ class LotteryTicket(MaskCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The round, and what later rounds go back to."""
-        return {"begun": self._begun, "snapshot": self._snapshot}
+        return {"begun": self._begun, "snapshot": self._snapshot, "plan": self._plan}
+
+    @property
+    def _plan(self) -> dict[str, Any]:
+        names = ("rounds", "round_epochs", "rewind_to", "treatment")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Go on from a saved state.
+
+        Raises:
+            MisconfigurationException: If it is one of other rounds.
+        """
+        if (then := state_dict["plan"]) != self._plan:
+            raise MisconfigurationException(
+                f"LotteryTicket: the checkpoint was made with {then}, and goes on with those "
+                f"alone, not with {self._plan}."
+            )
         self._begun, self._snapshot = state_dict["begun"], state_dict["snapshot"]
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles as new: where it rewinds to belongs to a model that does not come along."""
-        fresh = {"_begun": 0, "_redraws": False, "_snapshot": None, "_model": nobody}
+        fresh = {"_begun": 0, "_snapshot": None, "_model": nobody, "_trainer": nobody}
         return {**super().__getstate__(), **fresh}
