@@ -146,17 +146,14 @@ def test_dead_neurons_are_told_once_per_layer() -> None:
 
 def test_dead_neurons_do_not_hide_a_collapse() -> None:
     def dying(layers: Layers, budget: Budget, progress: float) -> Layers:
-        """A neuron of the middle layer, then all that it reads."""
-        made = list(layers)
-        mask = made[1].mask.clone()
-        mask[0] = False
+        """A neuron of each layer, then all but one channel, which nobody reads."""
+        masks = [layer.mask.clone() for layer in layers]
+        for mask in masks:
+            mask[0] = False
         if progress >= 0.5:
-            first = torch.zeros_like(made[0].mask)
-            first[0] = True
-            made[0] = made[0].with_units(first.flatten())
-            mask[:, :16] = False  # the one channel that is left
-        made[1] = made[1].with_units(mask.flatten())
-        return made
+            masks[0][2:] = False
+            masks[1][:, 16:32] = False
+        return [layer.with_units(mask.flatten()) for layer, mask in zip(layers, masks, strict=True)]
 
     with pytest.warns(UserWarning) as found:
         fit([Changing(dying), DensityMonitor(connectivity=True, print_tables=False)])
