@@ -163,6 +163,11 @@ class LotteryTicket(MaskCallback):
 
     # ------------------------------------------------------------------------- rounds
 
+    @property
+    def _later(self) -> int:
+        """Epochs of every round but the first."""
+        return self.round_epochs - self.rewind_to
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that the rounds fill the training, and forget another one."""
         super().setup(trainer, pl_module, stage)
@@ -175,14 +180,13 @@ class LotteryTicket(MaskCallback):
                 "LotteryTicket: the Trainer has two, and each would send the whole model back. Use "
                 "one, which may give layers densities of their own, with distribution=."
             )
-        later = self.round_epochs - self.rewind_to
-        needed = self.round_epochs + self.rounds * later
+        needed = self.round_epochs + self.rounds * self._later
         dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         if stage == "fit" and trainer.max_epochs != needed and not dev_run:
             raise MisconfigurationException(
                 f"LotteryTicket(rounds={self.rounds}, round_epochs={self.round_epochs}, "
                 f"rewind_to={self.rewind_to}) trains {self.round_epochs} epochs and then "
-                f"{self.rounds} times {later}: give Trainer(max_epochs={needed}), not "
+                f"{self.rounds} times {self._later}: give Trainer(max_epochs={needed}), not "
                 f"{trainer.max_epochs}."
             )
 
@@ -201,8 +205,7 @@ class LotteryTicket(MaskCallback):
         assert keeper is not None
         assert keeper.masks is not None
         epoch = trainer.current_epoch
-        later = self.round_epochs - self.rewind_to
-        turn = max(0, 1 + (epoch - self.round_epochs) // later)
+        turn = max(0, 1 + (epoch - self.round_epochs) // self._later)
         if self._snapshot is None and self.treatment != "fine_tune" and epoch >= self.rewind_to:
             if epoch > self.rewind_to or batch_idx > 0:
                 raise MisconfigurationException(
