@@ -155,7 +155,7 @@ def test_dead_neurons_do_not_hide_a_collapse() -> None:
             masks[1][:, 16:32] = False
         return [layer.with_units(mask.flatten()) for layer, mask in zip(layers, masks, strict=True)]
 
-    with pytest.warns(UserWarning) as found:
+    with pytest.warns(UserWarning, match="Dead neurons|Layer collapse") as found:
         fit([Changing(dying), DensityMonitor(connectivity=True, print_tables=False)])
     said = [str(w.message) for w in found]
     assert any("Dead neurons" in text and "net.5.weight" in text for text in said)
