@@ -140,7 +140,6 @@ class DensityMonitor(SparsityCallback):
         self.on_collapse = on_collapse
         self._restored: dict[str, Any] = {}
         self._model: Callable[[], pl.LightningModule | None] = nobody
-        self._trainer: Callable[[], pl.Trainer | None] = nobody
         self._watch: Watch | None = None
         self._logged = True
         self._drawn = -1
@@ -152,12 +151,12 @@ class DensityMonitor(SparsityCallback):
     # ------------------------------------------------------------------ start and end
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Bring the keeper; forget what belongs to another training."""
+        """Bring the keeper; forget what belongs to another model."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            if self._model() is not pl_module or self._trainer() is not trainer:
+            if self._model() is not pl_module:
                 self._restored = {}
-            self._model, self._trainer = weakref.ref(pl_module), weakref.ref(trainer)
+            self._model = weakref.ref(pl_module)
             self._check_gradients(trainer)
 
     def _check_gradients(self, trainer: pl.Trainer) -> None:
@@ -393,7 +392,7 @@ class DensityMonitor(SparsityCallback):
     def __getstate__(self) -> dict[str, Any]:
         """Pickles without the model."""
         state = {**super().__getstate__(), "_model": nobody, "_watch": None}
-        return {**state, "_trainer": nobody, "_restored": self.state_dict()}
+        return {**state, "_restored": self.state_dict()}
 
 
 def _step(trainer: pl.Trainer) -> int:

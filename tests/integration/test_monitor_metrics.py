@@ -161,17 +161,6 @@ def test_another_model_starts_anew() -> None:
         assert memory.rows[7]["start"] < 1
 
 
-def test_another_trainer_starts_anew() -> None:
-    model, monitor = TinyModel(), DensityMonitor(metrics={"ever": ITOP()}, print_tables=False)
-    for _ in range(2):
-        memory = Memory()
-        fit([rigl(), monitor], lambda: model, logger=memory, log_every_n_steps=1, max_epochs=1)
-        first, last = memory.rows[0], memory.rows[7]
-        assert first["itop/total"] == first["density/total"] < last["itop/total"]
-        assert first["ever"] == pytest.approx(first["density/total"])
-        assert last["ever"] == pytest.approx(last["itop/total"])
-
-
 def test_metrics_that_are_at_work_elsewhere_are_left_alone() -> None:
     class Own(TinyModel):
         def __init__(self) -> None:
