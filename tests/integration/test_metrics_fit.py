@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from doubles import double, doubles
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
@@ -163,22 +164,11 @@ class Everything(Callback):
         self.seen.append(found)
 
 
-class Double(TinyModel):
-    """In float64, in which two orders of adding agree to many digits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.double()
-
-    def loss(self, batch: Any) -> Any:
-        return super().loss((batch[0].double(), batch[1]))
-
-
 def test_compressed_storage_gives_the_same_numbers() -> None:
     dense, packed = Everything(), Everything()
-    fit([RigL(0.2, update_interval=4), dense], Double)
+    fit([RigL(0.2, update_interval=4), dense], double, data=doubles())
     compressed = SparseCompute("csr")
-    fit([RigL(0.2, update_interval=4), compressed, packed], Double)
+    fit([RigL(0.2, update_interval=4), compressed, packed], double, data=doubles())
     assert len(dense.seen) == len(packed.seen) == 24
     for one, other in zip(packed.seen, dense.seen, strict=True):
         assert one == pytest.approx(other, rel=1e-6)

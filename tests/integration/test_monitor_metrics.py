@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from doubles import double, doubles
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import MixedPrecision
@@ -32,7 +33,7 @@ from lightning_sparsity.metrics import (
     ParameterEfficiency,
     live_masks,
 )
-from lightning_sparsity.testing import Batch, Batches, ManualModel, Result, TinyModel, fit
+from lightning_sparsity.testing import Batches, ManualModel, Result, TinyModel, fit
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),
@@ -276,17 +277,6 @@ def test_learned_masks() -> None:
 # ------------------------------------------------------------------- compressed weights
 
 
-class Double(TinyModel):
-    """In float64, in which two orders of adding agree to many digits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.double()
-
-    def loss(self, batch: Batch) -> Tensor:
-        return super().loss((batch[0].double(), batch[1]))
-
-
 @pytest.mark.filterwarnings("ignore:Dead neurons")
 def test_compressed_weights_give_the_same_numbers() -> None:
     found = []
@@ -298,7 +288,8 @@ def test_compressed_weights_give_the_same_numbers() -> None:
             "mine": ITOP(),
             "flow": GradientFlow(),
         }
-        rows, _ = run(rigl(), *more, model=Double, metrics=metrics, monitor={"connectivity": True})
+        options = {"model": double, "data": doubles(), "monitor": {"connectivity": True}}
+        rows, _ = run(rigl(), *more, metrics=metrics, **options)
         found.append(rows)
     dense, packed = found
     assert dense.keys() == packed.keys()
