@@ -84,7 +84,7 @@ class MaskKeeper(Callback):
             method: The callback, which may ask before a batch, in ``on_train_batch_start``.
 
         Raises:
-            NonFiniteScoreError: If a score is not finite; nothing is changed.
+            NonFiniteScoreError: If a score is not finite; the masks of that optimizer stay.
         """
         if (model := self._model()) is not None:
             reshard(model)  # the validation was a pass
